@@ -38,11 +38,12 @@ def locate_checkpoint(
     named = hub.parse_hub_id(text, revision)
     if named is not None and (text.startswith(hub.PREFIX) or is_web_url(text)):
         return _in_repository(named, str(named), format, cache)
-    if is_web_url(text):
+    place = checked_place(source)
+    if not place.is_local:
         from ckpt_convert.checkpoint.web import locate_on_web  # imported here, since local files do not need it
 
-        return locate_on_web(text)
-    place = checked_place(source).with_listing()
+        place = locate_on_web(place)
+    place = place.with_listing()
     if place.is_present():
         return place
     if named is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import PurePosixPath
+from typing import TypeVar
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
@@ -34,10 +35,16 @@ from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closable, Entry
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
+from ckpt_convert.tensors.pool import map_threaded
 from ckpt_convert.wording import first_few, option_text
+
+T = TypeVar("T")
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A layer or expert index in a key."""
+
+_REQUESTS = 32
+"""Files of a remote store that are opened at a time."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -235,11 +242,18 @@ def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFil
         return tuple(WeightFile(file.name, 0, file.place, file.reader, file.header) for file in found), facts
     if path.is_folder() and (other := alternative_set_advice(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
-    files = tuple(_open(path, weight) for weight in directory.weights)
+    files = tuple(open_each(path, partial(_open, path), directory.weights))
     facts = peft.adapter_facts(root) if directory.kind == peft.KIND else []
     if len(files) == 1 and files[0].header.kind == gguf.KIND:
         facts += gguf.facts(files[0].header)
     return files, facts
+
+
+def open_each(path: Place, do: Callable[[WeightName], T], weights: Sequence[WeightName]) -> list[T]:
+    """``do(weight)`` for every weight file, in order; of a remote store many at a time, since each is a request."""
+    if not path.store.prefers_listing or len(weights) < 2:
+        return [do(weight) for weight in weights]
+    return map_threaded(do, weights, min(_REQUESTS, len(weights)))
 
 
 def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:

@@ -14,20 +14,22 @@ from ckpt_convert.formats.names import RANK, WELL_KNOWN_NAMES, is_any_index, is_
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.listing import Listing
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.remote.web import WebStore, parse_web_url
+from ckpt_convert.storage.remote.web import WebStore
 from ckpt_convert.tensors.pool import map_threaded
 
 _REQUESTS = 32
 """Names that are asked for at a time."""
 
 
-def locate_on_web(url: str) -> Place:
-    """The place of a checkpoint on a web server, a folder or a single file, with what is known to be there.
+def locate_on_web(place: Place) -> Place:
+    """The same place with a listing: what is known to be there.
 
     A folder has the files that its manifest lists; without a manifest, those of well-known names and those that an
     index names. Raises CheckpointNotFoundError if there are none, UnreadableError.
     """
-    store, path = parse_web_url(url)
+    store, path = place.store, place.path
+    if not isinstance(store, WebStore) or place.listing is not None:
+        return place
     if is_any_index(path.name):
         return _folder(store, path.parent, path.name)
     if not may_be_weights(path.name) and path.suffix != ".json":

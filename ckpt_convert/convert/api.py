@@ -34,7 +34,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.place import Location, Place, as_place, checked_place
+from ckpt_convert.storage.place import Location, Place, as_place, output_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -341,7 +341,7 @@ def run_request(
     for name, given in (("SRC", origin.path), ("DST", dst)):
         if not str(given):
             raise UsageError(f"{name} is empty; give a path")
-    destination = checked_place(dst, "DST")
+    destination = output_place(dst, "DST")
     place = workspace.workspace_of(destination)
     count = run.workers or DEFAULT_WORKERS
 

@@ -83,7 +83,7 @@ def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
             way = "give the path alone"
         elif scheme == "hf":
             way = "give it as a text" if not what else "write to a directory, and upload that with `hf upload`"
-        elif match["known"] in ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"):
+        elif match["known"] in ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "https", "http"):
             way = "give it as a text, since a `Path` takes a slash away"
         else:
             way = "use a directory of this machine, and copy it from there or to there with the store's own tools"

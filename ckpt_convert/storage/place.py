@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from ckpt_convert.errors import UnsafeFileError
+from ckpt_convert.errors import UnsafeFileError, UsageError
 from ckpt_convert.storage.base import (
     Entry,
     FileKind,
@@ -26,7 +26,7 @@ from ckpt_convert.storage.base import (
 )
 from ckpt_convert.storage.listing import FolderListing, Listing
 from ckpt_convert.storage.local import LOCAL
-from ckpt_convert.storage.names import check_name, local_path
+from ckpt_convert.storage.names import check_name, is_web_url, local_path
 from ckpt_convert.storage.remote.urls import address_of
 
 
@@ -254,6 +254,14 @@ def checked_place(given: Location, what: str = "") -> Place:
         return given
     address = address_of(os.fspath(given))
     return Place(*address) if address is not None else as_place(local_path(given, what))
+
+
+def output_place(given: Location, what: str) -> Place:
+    """As ``checked_place``, for what is written; raises UsageError for a web server, too."""
+    place = checked_place(given, what)
+    if isinstance(given, str) and is_web_url(given):
+        raise UsageError(f"{what} {place}: nothing can be written to a web server; write to a directory or a bucket")
+    return place
 
 
 def with_options(given: _Given, options: Mapping[str, object] | None) -> _Given | Place:

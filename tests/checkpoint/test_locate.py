@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 import ckpt_convert
 from ckpt_convert import CheckpointNotFoundError, UnreadableError
@@ -16,6 +19,7 @@ from ckpt_convert.models.core.table import FORMATS
 from tests.checkpointer.training import make_model
 from tests.command import run
 from tests.helpers import GOLDEN, sums
+from tests.servers.http import Answer, Request
 from tests.servers.hub import FakeHub
 from tests.servers.web import WebServer
 
@@ -144,6 +148,31 @@ class TestOnTheHub:
         ckpt_convert.convert_checkpoint("hf://org/name", tmp_path / "out", to="native")
         weights = sum(file.stat().st_size for file in HF.glob("*.safetensors"))
         assert repository.log.sent("cdn") <= 1.05 * weights
+
+    @pytest.mark.parametrize("strict", [True, False])
+    def test_the_headers_of_all_shards_are_asked_for_at_once(self, strict: bool, hub: FakeHub) -> None:
+        """Each shard is sent when the last of them has been asked for: one after the other, none would be."""
+        shards = {f"model-{number:05}-of-00012.safetensors": b"" for number in range(1, 13)}
+        weight_map = {}
+        for number, name in enumerate(shards):
+            shards[name] = save({f"layers.{number}.weight": torch.zeros(2, 3)})
+            weight_map[f"layers.{number}.weight"] = name
+        index = json.dumps({"weight_map": weight_map}).encode()
+        hub.add("org/name", {**shards, "config.json": b"{}", "model.safetensors.index.json": index})
+        everyone = threading.Barrier(len(shards))
+        answer = hub._cdn._answer
+
+        def together(request: Request) -> Answer:
+            everyone.wait(60)
+            return answer(request)
+
+        hub._cdn._answer = together
+        if strict:
+            ckpt_convert.open_checkpoint("hf://org/name")
+        else:
+            ckpt_convert.verify_checkpoint("hf://org/name", values=False)
+        kinds = hub.log.kinds()
+        assert (kinds["api"], kinds["cdn"]) == (1, 12)
 
     def test_a_file_and_a_config_of_a_repository(self, repository: FakeHub) -> None:
         name = "hf://org/name/model-00001-of-00004.safetensors"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ckpt_convert.analysis.check.container import survey_file
@@ -16,6 +18,7 @@ from ckpt_convert.checkpoint.opening import (
     checkpoint_place,
     detect_format,
     format_from_keys,
+    open_each,
     open_files,
 )
 from ckpt_convert.containers.dcp import DCP_INDEX
@@ -183,7 +186,6 @@ def _files(
     path: Place, directory: WeightDirectory, state: _State
 ) -> tuple[tuple[WeightFile, ...], list[str], list[str]]:
     """The files that can be opened, the names of those that cannot, and of those that are damaged."""
-    files, lost, damaged = [], [], []
     if directory.kind == "dcp":
         try:
             return open_files(path, directory)[0], [], []
@@ -194,29 +196,39 @@ def _files(
     if other is not None:  # one cause, however many files are missing
         state.findings.append(Finding("error", "files", other, directory.index))
     there = {entry.name for entry in path.children()} if other is not None else set()
-    for weight in directory.weights:
-        if other is not None and weight.name not in there:
-            lost.append(weight.name)
-            continue
-        opened = _open(path, weight, directory, state)
-        if opened is None:
-            lost.append(weight.name)
-            continue
-        reader, local = opened
-        try:
-            found = survey_file(reader)
-        except UnreadableError as error:
-            state.error("container", error, path, weight.name)
-            lost.append(weight.name)
-            continue
-        state.findings += [Finding("error", "container", text, weight.name) for text in found.problems]
-        if found.problems:
-            damaged.append(weight.name)
-        if found.header is None:
-            lost.append(weight.name)
-        else:
-            files.append(WeightFile(weight.name, weight.rank, local, found.reader, found.header))
-    return tuple(files), lost, damaged
+    weights = [weight for weight in directory.weights if other is None or weight.name in there]
+    surveys = open_each(path, partial(_survey, path, directory), weights)
+    state.findings += [finding for survey in surveys for finding in survey.findings]
+    files = {survey.file.name: survey.file for survey in surveys if survey.file is not None}
+    lost = [weight.name for weight in directory.weights if weight.name not in files]
+    return tuple(files.values()), lost, [survey.name for survey in surveys if survey.is_damaged]
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What became of one weight file; ``file`` is None if its header cannot be read."""
+
+    name: str
+    findings: Sequence[Finding]
+    file: WeightFile | None = None
+    is_damaged: bool = False
+
+
+def _survey(path: Place, directory: WeightDirectory, weight: WeightName) -> _Survey:
+    state = _State()
+    opened = _open(path, weight, directory, state)
+    if opened is None:
+        return _Survey(weight.name, state.findings)
+    reader, place = opened
+    try:
+        found = survey_file(reader)
+    except UnreadableError as error:
+        state.error("container", error, path, weight.name)
+        return _Survey(weight.name, state.findings)
+    state.findings += [Finding("error", "container", text, weight.name) for text in found.problems]
+    header = found.header
+    file = WeightFile(weight.name, weight.rank, place, found.reader, header) if header is not None else None
+    return _Survey(weight.name, state.findings, file, bool(found.problems))
 
 
 def _open(path: Place, weight: WeightName, directory: WeightDirectory, state: _State) -> tuple[OpenFile, Place] | None:

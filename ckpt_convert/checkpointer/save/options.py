@@ -30,7 +30,7 @@ from ckpt_convert.checkpointer.save.signals import parse_signals
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
-from ckpt_convert.storage.place import Place, checked_place
+from ckpt_convert.storage.place import Place, checked_place, output_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 from ckpt_convert.wording import indented_list
@@ -211,7 +211,7 @@ class Options:
             given.directory.best_name if policy.best else None,
             policy.metrics,
         )
-        place = None if given.directory.output_dir is None else checked_place(given.directory.output_dir, "output_dir")
+        place = None if given.directory.output_dir is None else output_place(given.directory.output_dir, "output_dir")
         settings = Settings(
             contents=given.weights.contents,
             export_dtype=dtype_of(given.weights.export_dtype),

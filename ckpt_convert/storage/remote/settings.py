@@ -41,8 +41,8 @@ _AZ = frozenset(
      "msi_endpoint", "skip_signature", "connection_string"}
 )
 # fmt: on
-_KNOWN = {"s3": _S3, "gs": _GS, "az": _AZ}
-_PREFIXES = {"s3": ("aws_",), "gs": ("google_", "gcs_"), "az": ("azure_storage_", "azure_")}
+_KNOWN = {"s3": _S3, "gs": _GS, "az": _AZ, "https": frozenset[str]()}
+_PREFIXES = {"s3": ("aws_",), "gs": ("google_", "gcs_"), "az": ("azure_storage_", "azure_"), "https": ()}
 _ALIASES = {
     "s3": {
         "token": "session_token",
@@ -52,6 +52,7 @@ _ALIASES = {
     },
     "gs": {"key": "access_key_id", "secret": "secret_access_key", "endpoint_url": "endpoint"},
     "az": {"sas_token": "sas_key", "access_key": "account_key", "endpoint_url": "endpoint"},
+    "https": {},
 }
 
 GCS_S3_ENDPOINT = "https://storage.googleapis.com"

@@ -28,4 +28,8 @@ def address_of(url: str, options: Mapping[str, object] | None = None) -> Address
         from ckpt_convert.storage.remote import buckets  # not before: most places are paths
 
         return buckets.address_in_bucket(scheme, match["rest"], options or {})
+    if scheme in ("https", "http"):
+        from ckpt_convert.storage.remote import web
+
+        return web.address_on_web(url, options or {})
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import PurePosixPath
@@ -24,6 +24,7 @@ from ckpt_convert.storage.remote.http import (
     server_of,
 )
 from ckpt_convert.storage.remote.ranges import HttpRanges, answer_etag, total_size
+from ckpt_convert.storage.remote.settings import check_options, parse_seconds
 
 _PATH = "/%:@!$&'()*+,;=~"
 """Characters of a path that stay as they are, beside letters, digits and "_.-": what is quoted is not quoted again."""
@@ -122,6 +123,18 @@ class WebStore(ObjectStore):
     def __getstate__(self) -> dict[str, Any]:
         """Another process has a client of its own."""
         return {name: value for name, value in vars(self).items() if name != "_client"}
+
+
+def address_on_web(url: str, options: Mapping[str, object]) -> tuple[WebStore, PurePosixPath]:
+    """As ``parse_web_url``, with a caller's ``storage_options``: web servers have read_timeout and retry_timeout."""
+    given = dict(check_options("https", urlsplit(url).netloc, options))
+    times = {
+        field: parse_seconds(option, given[option])
+        for option, field in (("read_timeout", "timeout"), ("retry_timeout", "retry_for"))
+        if option in given
+    }
+    patience = replace(PATIENCE, **times)
+    return parse_web_url(url, replace(patience, connect_for=min(patience.connect_for, patience.retry_for)))
 
 
 def parse_web_url(url: str, patience: Patience = PATIENCE) -> tuple[WebStore, PurePosixPath]:

@@ -14,7 +14,8 @@ from ckpt_convert.errors import SourceChangedError, UnreadableError, UsageError
 from ckpt_convert.storage.base import FileKind, read_range
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.remote.http import Patience
-from ckpt_convert.storage.remote.web import parse_web_url
+from ckpt_convert.storage.remote.urls import address_of
+from ckpt_convert.storage.remote.web import WebStore, parse_web_url
 from tests.servers import faults
 from tests.servers.faults import FaultProxy, Rule
 from tests.servers.http import Answer, HttpServer, Request
@@ -287,6 +288,14 @@ class TestFailures:
         expected = rf"/x: cannot be read: .*answers {status} .*{way}"
         with HttpServer(lambda request: Answer(status)) as server, pytest.raises(UnreadableError, match=expected):
             place_of(f"{server.url}/x", IMPATIENT).open()
+
+    def test_how_long_is_waited_is_an_option(self) -> None:
+        options = {"read_timeout": "5s", "retry_timeout": "2", "region": "for another store"}
+        address = address_of("https://host/x", options)
+        assert address is not None
+        assert address[0] == WebStore("https://host", patience=Patience(timeout=5.0, retry_for=2.0, connect_for=2.0))
+        with pytest.raises(UsageError, match="no store has the option 'timeuot'"):
+            address_of("https://host/x", {"timeuot": 1})
 
 
 class TestRedirects:
