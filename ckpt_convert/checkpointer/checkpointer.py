@@ -173,6 +173,7 @@ class Checkpointer:
 
     # Loading
 
+    @on_all_ranks
     def load_model(
         self,
         model: Model,
@@ -203,6 +204,7 @@ class Checkpointer:
         formats.check_format_name(format, "format")
         return loading.read_state_dict(self._saver.planner.source, format or self._options.settings.model_format)
 
+    @on_all_ranks
     def load_best(self, model: Model, metric: str | None = None) -> SavedStep | None:
         """Load the weights of the best checkpoint into a model, in place; returns it, None if none has the metric.
 
@@ -250,8 +252,7 @@ class Checkpointer:
         weights_only: load the model and the progress only.
         verify: compare checksums, not only names and sizes, before anything is loaded.
         data: what a data loader does where other ranks, or batches of another size, cannot continue right behind the
-        samples that were seen: "exact" is an error, "restart" begins the epoch again, "skip" leaves out as few samples
-        as possible.
+        samples that were seen: "exact" is an error, "restart" begins the epoch again, "skip" leaves out few.
         keep: options of the optimizer that stay as the recipe gave them, such as ["lr", "weight_decay"]; the others
         become the checkpoint's, and differences are a warning.
 
@@ -401,12 +402,11 @@ class Checkpointer:
 
         Raises what failed. Calling it again does nothing.
         """
-        if self._closed:
-            return
-        try:
-            self._loop.finish()
-        finally:
-            self._release()
+        if not self._closed:
+            try:
+                self._loop.finish()
+            finally:
+                self._release()
 
     def end_run(self) -> None:
         """End a run as ``close`` does, but allow ``resume`` or ``register`` to start another one."""

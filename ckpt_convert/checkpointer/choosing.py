@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt_convert.analysis.check import check_checkpoint as check_weights
+from ckpt_convert.analysis.check.spans import Share
 from ckpt_convert.checkpoint.record import MANIFEST
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.run import retention, saved_steps
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.save.options import Options
@@ -26,24 +30,75 @@ from ckpt_convert.wording import indented_list
 
 log = logging.getLogger("ckpt_convert")
 
+_CHOOSING = "choosing a checkpoint"
 _NOT_GIVEN = "once that is mended run again, or resume from an older step (from_=)"
 
 
 def choose_together(
-    directory: RunDirectory, options: Options, from_: Any, *, from_dir: Any, verify: bool
+    directory: RunDirectory,
+    options: Options,
+    from_: Any,
+    *,
+    from_dir: Any = None,
+    verify: bool = True,
+    policy: retention.RetentionPolicy | None = None,
 ) -> SavedStep | None:
-    """``choose_step``, by the first of several ranks for all of them."""
-    ranks, workers = options.ranks, options.workers
-
-    def chosen() -> SavedStep | None:
-        return choose_step(directory.path, from_, directory.policy, from_dir=from_dir, verify=verify, workers=workers)
-
-    if ranks is None:
-        return chosen()
-    answer = ranks.first(
-        "choosing a checkpoint", lambda: str(found.place.absolute()).encode() if (found := chosen()) else None
+    """``choose_step``, by the first of several ranks for all of them; they read together what it has checked."""
+    ranks, workers, policy = options.ranks, options.workers, policy or directory.policy
+    if ranks is not None and not ranks.is_first:
+        return _follow(ranks, workers)
+    found = choose_step(
+        directory.path,
+        from_,
+        policy,
+        from_dir=from_dir,
+        verify=verify,
+        workers=workers,
+        ranks=ranks if verify else None,
     )
-    return saved_steps.read_step(checked_place(answer.decode()), renamed=True) if answer else None
+    if ranks is not None:
+        ranks.first(_CHOOSING, lambda: _task(found, is_chosen=True))
+    return found
+
+
+def _task(saved: SavedStep | None, *, is_chosen: bool) -> bytes:
+    """What the first rank tells the others to do with a step."""
+    return packed([is_chosen, None if saved is None else str(saved.place.absolute())])
+
+
+def _follow(ranks: Ranks, workers: int) -> SavedStep | None:
+    """Check what the first rank asks for, until it has chosen."""
+    while True:
+        is_chosen, place = unpacked(ranks.first(_CHOOSING, lambda: None))
+        if place is None:
+            return None
+        saved = saved_steps.read_step(checked_place(place), renamed=True)
+        if saved is None:
+            raise UnreadableError(f"{place}: is seen by the first rank alone; output_dir has to be one for all of them")
+        if is_chosen:
+            return saved
+        _check_share(saved, ranks, workers)
+
+
+def _check_share(saved: SavedStep, ranks: Ranks, workers: int) -> list[str]:
+    """The problems of a checkpoint that all ranks have found, each in its share of the bytes."""
+
+    def mine() -> bytes:
+        rank = f"rank {ranks.rank} on {socket.gethostname()}"
+        problems = check_step(saved, verify=True, workers=workers, share=Share(ranks.rank, ranks.count))
+        return packed([[problem, rank] for problem in problems])
+
+    found: list[str] = unpacked(ranks.round(f"checking {saved.place}", mine, _all_problems))
+    return found
+
+
+def _all_problems(every: Sequence[bytes]) -> list[bytes]:
+    """What the ranks have found, each problem once."""
+    found: dict[str, str] = {}
+    for one in every:
+        for problem, rank in unpacked(one):
+            found.setdefault(problem, rank)
+    return [packed([f"{problem} (found by {rank})" for problem, rank in found.items()])]
 
 
 def choose_step(
@@ -54,6 +109,7 @@ def choose_step(
     from_dir: Any = None,
     verify: bool,
     workers: int,
+    ranks: Ranks | None = None,
 ) -> SavedStep | None:
     """The checkpoint that ``from_`` selects; None if "latest" finds an empty ``output_dir``.
 
@@ -67,7 +123,7 @@ def choose_step(
         if not (from_ in ("latest", "best") or isinstance(from_, int)):
             raise UsageError(f'from_dir={str(from_dir)!r}: expected from_="latest", "best" or a step, found {from_!r}')
     if from_ == "latest":
-        newest = newest_sound_step(output_dir, verify=verify, workers=workers)
+        newest = newest_sound_step(output_dir, verify=verify, workers=workers, ranks=ranks)
         if newest is None and from_dir is not None:
             raise CheckpointNotFoundError(f"{output_dir}: holds no complete checkpoint of a checkpointer")
         return newest
@@ -89,7 +145,7 @@ def choose_step(
         place = pointer.follow_pointer(checked_place(from_, "from_"))
         found = saved_steps.read_step(place.real(), renamed=True)
         if found is None:
-            found = newest_sound_step(place, verify=verify, workers=workers)
+            found = newest_sound_step(place, verify=verify, workers=workers, ranks=ranks)
         if found is None:
             raise CheckpointNotFoundError(
                 f"{from_}: is no complete checkpoint of a checkpointer, nor a directory of them; to start from weights "
@@ -97,13 +153,13 @@ def choose_step(
             )
     else:
         raise UsageError(f'from_={from_!r}: expected "latest", "best", a step, or the path of a checkpoint')
-    problems = check_step(found, verify=verify, workers=workers)
+    problems = _problems(found, verify, workers, ranks)
     if problems:
         raise CorruptFileError(f"{found.place}: cannot be resumed from:{indented_list(problems)}")
     return found
 
 
-def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> SavedStep | None:
+def newest_sound_step(output_dir: Place, *, verify: bool, workers: int, ranks: Ranks | None = None) -> SavedStep | None:
     """The newest undamaged checkpoint; None if there is no checkpoint at all."""
     there = saved_steps.scan_steps(output_dir)
     gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
@@ -112,7 +168,7 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
         log.warning("%s is damaged and skipped: its manifest is missing", path)
     said = []
     for saved in reversed(there):
-        problems = check_step(saved, verify=verify, workers=workers)
+        problems = _problems(saved, verify, workers, ranks)
         if not problems:
             return saved
         said += problems
@@ -126,8 +182,18 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int) -> Saved
     return None
 
 
-def check_step(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
+def _problems(saved: SavedStep, verify: bool, workers: int, ranks: Ranks | None) -> list[str]:
+    """``check_step``, for which the first of several ranks asks the others as well."""
+    if ranks is None:
+        return check_step(saved, verify=verify, workers=workers)
+    ranks.first(_CHOOSING, lambda: _task(saved, is_chosen=False))
+    return _check_share(saved, ranks, workers)
+
+
+def check_step(saved: SavedStep, *, verify: bool, workers: int, share: Share | None = None) -> list[str]:
     """The problems of a checkpoint; ``verify`` reads all of it, else only names, sizes and headers are checked.
+
+    Of several processes, each reads its ``share``.
 
     Raises UnreadableError where the system does not give a file of it: it may be sound, so no other may take its place.
     """
@@ -136,7 +202,7 @@ def check_step(saved: SavedStep, *, verify: bool, workers: int) -> list[str]:
     beside = [here / side["name"] for side in saved.manifest.get("side_files") or ()]
     try:
         with reading(saved.place):
-            report = check_weights(here, values=verify, merged=False, workers=workers)
+            report = check_weights(here, values=verify, merged=False, workers=workers, share=share)
             missing = [f"{path}: is missing" for path in beside if not path.is_regular_file()]
     except UnreadableError as error:
         raise UnreadableError(f"{error}; {_NOT_GIVEN}") from error

@@ -142,7 +142,7 @@ def load_step(
     optimizer that stay as they are. Raises UsageError for a choice that names nothing.
     """
     options = GroupOptions(parts.optimizer)
-    wanted = selection.without(names_elsewhere(parts.names(), None if selection.weights_only else planner.ranks))
+    wanted = selection.without(names_elsewhere(parts.names(), planner.ranks))
     state = shared_state.open_for(saved.place, planner.ranks, wanted.elsewhere) if saved.has_training_state else None
     names = [name for name in (state.parts or () if state is not None else ()) if name != MODEL and selection(name)]
     trees = state.read(names, optimizers.split_as(parts.parameters())) if state is not None else {}
@@ -184,10 +184,10 @@ def load_step(
 def load_best(saver: Saver, model: Model, options: Options, name: str | None = None) -> SavedStep | None:
     """Load the weights of the best checkpoint by a metric into a model; None if no checkpoint has it."""
     metric = options.policy.metric(name)
-    if metric is None or retention.best_step(saver.directory.saved, metric) is None:
+    if metric is None or not _has_best(metric, saver, options):
         return None
     policy = replace(options.policy, best=(metric,))
-    found = choosing.choose_step(saver.directory.path, "best", policy, verify=True, workers=options.workers)
+    found = choosing.choose_together(saver.directory, options, "best", policy=policy)
     assert found is not None
     load_step(
         found,
@@ -201,6 +201,16 @@ def load_best(saver: Saver, model: Model, options: Options, name: str | None = N
     )
     log.info("loaded the best checkpoint, %s", found.place)
     return found
+
+
+def _has_best(metric: retention.BestMetric, saver: Saver, options: Options) -> bool:
+    """Whether a checkpoint has a metric; of several ranks, the first one writes it and says so."""
+
+    def found() -> bool:
+        return retention.best_step(saver.directory.saved, metric) is not None
+
+    ranks = options.ranks
+    return found() if ranks is None else bool(ranks.first("load_best()", lambda: b"yes" if found() else b""))
 
 
 def _report_missing_state(saved: SavedStep, names: list[str], strict: bool) -> None:

@@ -18,6 +18,7 @@ import torch
 
 import ckpt_convert
 from ckpt_convert.analysis.check import Verification, check_checkpoint
+from ckpt_convert.analysis.check.spans import Share
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.storage.names import replaced_path
@@ -127,6 +128,21 @@ def test_every_byte_is_read_once(hf: Path) -> None:
 
 
 # Files
+
+
+def test_shares_are_the_whole(tmp_path: Path) -> None:
+    """Several processes read every byte once, each about as many, and find together what one finds."""
+    out = tmp_path / "out"
+    ckpt_convert.convert_checkpoint(GOLDEN / "llama" / "meta-mp2", out, to="hf")
+    file = next(out.glob("*.safetensors"))
+    flip(file, file.stat().st_size - 9)
+    whole = check_checkpoint(out)
+    parts = [check_checkpoint(out, share=Share(number, 3)) for number in range(3)]
+    read = [part.bytes_read for part in parts]
+    assert sum(read) == whole.bytes_read
+    assert max(read) - min(read) < whole.bytes_read / 20
+    assert {finding.text for part in parts for finding in part.findings} == {one.text for one in whole.findings}
+    assert sum(not part.ok for part in parts) == 1
 
 
 def test_a_missing_shard_is_one_finding_and_the_rest_is_checked(hf: Path) -> None:

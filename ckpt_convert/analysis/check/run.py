@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ckpt_convert.analysis.check import auxiliary_files, checksums, directory, generic, root_causes, table, training
 from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.analysis.check.report import Skipped, Verification, by_severity
-from ckpt_convert.analysis.check.spans import ExpectedEqual
+from ckpt_convert.analysis.check.spans import ExpectedEqual, Share
 from ckpt_convert.checkpoint import diagnosis
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
 from ckpt_convert.checkpoint.identify import Identified
@@ -32,7 +32,7 @@ log = logging.getLogger("ckpt_convert")
 
 @dataclass
 class _Work:
-    """The progress of a check; ``values`` is whether tensors are read, ``expected`` are the pairs to compare.
+    """The progress of a check; ``values`` is whether tensors are read, ``share`` which; ``expected`` pairs to compare.
 
     ``described`` is the checkpoint whose tensors ``expected`` refers to, if it is not the view: a quantized one as
     dequantized values.
@@ -40,6 +40,7 @@ class _Work:
 
     opened: LenientCheckpoint
     values: bool
+    share: Share
     findings: list[Finding] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
@@ -65,22 +66,25 @@ def check_checkpoint(
     merged: bool = True,
     workers: int = 2,
     progress: ProgressCallback | None = None,
+    share: Share | None = None,
 ) -> Verification:
     """Check a checkpoint: a directory, or one weight file.
 
     ``values`` reads every byte; without it only headers and small files are read. ``merged`` checks the full weights
-    beside an adapter as well. Problems of the checkpoint are in the report. Raises CheckpointNotFoundError, UsageError
-    or ConfigError if nothing can be checked.
+    beside an adapter as well. Of several processes, each reads its ``share``. Problems of the checkpoint are in the
+    report. Raises CheckpointNotFoundError, UsageError or ConfigError if nothing can be checked.
     """
     opened = open_leniently(checked_place(path), format=format, family=family, config=config)
-    work = _Work(opened, values)
+    share = share or Share()
+    work = _Work(opened, values, share)
     try:
         report = _report(work, workers, progress)
     finally:
         opened.checkpoint.close()
     inner = opened.checkpoint.place / MERGED
     if merged and "training" in report.checks and (inner / MANIFEST).is_regular_file():
-        report = _with_merged(report, check_checkpoint(inner, values=values, workers=workers, progress=progress))
+        beside = check_checkpoint(inner, values=values, workers=workers, progress=progress, share=share)
+        report = _with_merged(report, beside)
     return report
 
 
@@ -111,7 +115,7 @@ def _report(work: _Work, workers: int, progress: ProgressCallback | None) -> Ver
         work.done("shards", directory.check_shard_numbers(opened))
         work.done("shards", directory.check_file_names(opened))
         work.done("side-files", auxiliary_files.check_auxiliary_files(checkpoint))
-        if (found := training.check_saved_step(checkpoint.place, work.values)) is not None:
+        if (found := training.check_saved_step(checkpoint.place, work.values, work.share)) is not None:
             work.done("training", found)
     _against_config(work)
     nbytes_read = _read(work, workers, progress)
@@ -326,7 +330,9 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     crcs = list(values.crc_spans(work.opened))
     spans = [*values.finite_spans(work.opened), *crcs, *pieces, *hashes]
     compared = work.described or work.opened.view
-    found, nbytes = values.read_spans(spans, work.expected, compared, workers=workers, progress=progress)
+    found, nbytes = values.read_spans(
+        spans, work.expected, compared, workers=workers, progress=progress, share=work.share
+    )
     work.done("values", root_causes.merge_zero_tensors(found, work.opened))
     if crcs:
         work.done("crc")

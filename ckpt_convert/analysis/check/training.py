@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckpt_convert.analysis.check.accept import accept_command, is_acceptable
+from ckpt_convert.analysis.check.spans import Share
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE
@@ -18,8 +19,11 @@ from ckpt_convert.tensors.pool import map_threaded
 _WAY_OUT = "copy the checkpoint again, or use another step"
 
 
-def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
-    """Missing and changed files of a saved step, without ``values`` by size only; None if it is no saved step."""
+def check_saved_step(directory: Place, values: bool, share: Share) -> list[Finding] | None:
+    """Missing and changed files of a saved step, without ``values`` by size only; None if it is no saved step.
+
+    Of a ``share``, the values of its own files are read.
+    """
     training = record.read_training(directory)
     if training is None:
         return None
@@ -29,7 +33,11 @@ def check_saved_step(directory: Place, values: bool) -> list[Finding] | None:
         **(training.get("extra_files") or {}),
         **{f"{TRAINING_STATE}/{name}": entry for name, entry in _entries(state)},
     }
-    return compare_files(directory, listed, values)
+    own = share.of((_size(entry), name) for name, entry in listed.items()) if values else ()
+    return [
+        *compare_files(directory, {name: listed[name] for name in own}, True),
+        *compare_files(directory, {name: one for name, one in listed.items() if name not in own}, False),
+    ]
 
 
 def compare_files(directory: Place, listed: Mapping[str, Mapping[str, Any]], values: bool) -> list[Finding]:
@@ -60,6 +68,11 @@ def _compare(directory: Place, name: str, entry: Mapping[str, Any], values: bool
     except CkptConvertError as error:
         return failed_check("training", error, str(error).replace(f"{directory}/", ""), name)
     return None
+
+
+def _size(entry: Mapping[str, Any]) -> int:
+    size = entry.get("size")
+    return size if isinstance(size, int) else 0
 
 
 def _entries(state: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ckpt_convert.analysis.check import container, root_causes
 from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint
-from ckpt_convert.analysis.check.spans import ExpectedEqual, Span
+from ckpt_convert.analysis.check.spans import ExpectedEqual, Share, Span
 from ckpt_convert.checkpoint.findings import Finding, failed_check
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
@@ -68,13 +68,13 @@ def read_spans(
     *,
     workers: int,
     progress: ProgressCallback | None,
+    share: Share,
 ) -> tuple[list[Finding], int]:
-    """Read all spans and pairs; returns the findings and the number of bytes read."""
+    """Read all spans and pairs, or a share of them; returns the findings and the number of bytes read."""
     findings: list[Finding] = []
-    runs = list(_runs(spans))
-    pairs = [(e.equality.dtype, prod(e.equality.left.shape)) for e in expected]
-    total = sum(_end(run) - run[0].start for run in runs)
-    total += sum(DTYPES[dtype].bits * count // 8 for dtype, count in pairs)
+    everything: list[list[Span] | ExpectedEqual] = [*_runs(spans), *expected]
+    items = share.of((_nbytes(item), item) for item in everything)
+    total = sum(map(_nbytes, items))
     counter = ProgressCounter("checking", total, progress)
 
     def start() -> Callable[[list[Span] | ExpectedEqual], None]:
@@ -90,7 +90,6 @@ def read_spans(
 
         return work
 
-    items: list[list[Span] | ExpectedEqual] = [*runs, *expected]
     run_threaded(items, workers, counter, start)
     return findings, counter.done
 
@@ -190,7 +189,11 @@ def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
     """Overlapping spans in groups."""
     run: list[Span] = []
     end = 0
-    for span in sorted(spans, key=lambda span: (span.file, id(span.reader), span.start, -span.end)):
+    spans = list(spans)
+    order: dict[int, int] = {}
+    for span in spans:  # the same in every process
+        order.setdefault(id(span.reader), len(order))
+    for span in sorted(spans, key=lambda span: (span.file, order[id(span.reader)], span.start, -span.end)):
         if run and (span.reader is not run[0].reader or span.start >= end):
             yield run
             run = []
@@ -198,6 +201,12 @@ def _runs(spans: Iterable[Span]) -> Iterator[list[Span]]:
         run.append(span)
     if run:
         yield run
+
+
+def _nbytes(item: list[Span] | ExpectedEqual) -> int:
+    if isinstance(item, ExpectedEqual):
+        return DTYPES[item.equality.dtype].bits * prod(item.equality.left.shape) // 8
+    return _end(item) - item[0].start
 
 
 def _end(run: Sequence[Span]) -> int:
