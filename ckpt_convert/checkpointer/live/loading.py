@@ -99,6 +99,10 @@ class ModelMatch:
             {key: reason for key, reason in self.mismatched.items() if is_wanted(key)},
         )
 
+    def without(self, elsewhere: Collection[str]) -> ModelMatch:
+        """The same for one of several ranks, of which others have these keys."""
+        return replace(self, unexpected=[key for key in self.unexpected if key not in elsewhere])
+
     @property
     def problems(self) -> list[str]:
         """A line for each mismatch, alternating between both sides, as only the beginning of a long list is shown."""

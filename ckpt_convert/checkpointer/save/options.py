@@ -220,7 +220,7 @@ class Options:
             extra=_extra_files(given.directory.extra_files),
             merged=given.weights.merged,
         )
-        ranks = _ranks(given.process_group) if place is not None else None
+        ranks = _ranks(given.process_group, place)
         return cls(
             output_dir=place,
             schedule=schedule,
@@ -269,9 +269,10 @@ def check(given: Arguments) -> Final:
     return replace(final, export_dtype=dtype_of(final.export_dtype))
 
 
-def _ranks(given: Any) -> Ranks | None:
-    """The ranks that write together; None where one process writes alone."""
-    return None if given == SINGLE_WRITER else ranks.of_group(given)
+def _ranks(given: Any, output_dir: Place | None) -> Ranks | None:
+    """The ranks that save together, or load where a group is given; None where one process does alone."""
+    alone = given == SINGLE_WRITER or (given is None and output_dir is None)
+    return None if alone else ranks.of_group(given)
 
 
 def dtype_of(given: Any) -> str | None:

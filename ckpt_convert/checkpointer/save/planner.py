@@ -15,7 +15,7 @@ from ckpt_convert.adapters.parameters import SplitTensors
 from ckpt_convert.adapters.peft_files import load_into
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
+from ckpt_convert.checkpointer.distributed.claims import Claims, Owned, names_elsewhere
 from ckpt_convert.checkpointer.distributed.exchange import Writers, exchanged
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.slices import copy_slice
@@ -154,6 +154,7 @@ class SavePlanner:
         format = self.settings.model_format
         every = loading.match_model(self.source, parts.base, format)
         is_wanted = select_keys(every.keys, include, exclude)
+        every = every.without(names_elsewhere(parts.base, self.ranks))
         found = every.select(is_wanted)
         found = replace(
             found, mismatched={**found.mismatched, **loading.untied_sources(found, parts.base, self.source, format)}
