@@ -92,8 +92,8 @@ def verify(
     against: Location | None = other
     quietly: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if with_logits:  # transformers is kept offline, so both checkpoints are downloaded first
-        place, quietly = locate.locate_checkpoint(path, revision), silent_transformers()
-        against = locate.locate_checkpoint(other) if other is not None else None
+        place, quietly = locate.locate_checkpoint(path, revision, cache=True), silent_transformers()
+        against = locate.locate_checkpoint(other, cache=True) if other is not None else None
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar, quietly:
         report = verify_checkpoint(
             place,

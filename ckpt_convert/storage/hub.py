@@ -22,6 +22,10 @@ _PAGE = re.compile(
 """The path of a page of the Hub: of a repository, or of a folder or file in it."""
 
 
+_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_BLOB = re.compile(rf"(?:\.\./)+blobs/({_HASH.pattern})")
+
+
 @dataclass(frozen=True, slots=True)
 class HubId:
     """A repository of the Hub: its name, the revision (None: the main branch), and a folder or file in it."""
@@ -112,6 +116,18 @@ def _commit(folder: Place, ref: str) -> str | None:
     if not is_safe_name(ref) or not place.is_regular_file():
         return None
     return place.read(256).decode(errors="replace").strip()
+
+
+def content_hash(file: Place) -> str | None:
+    """What the Hub states of a file's content: SHA-256 of a large file, git's SHA-1 of a small one; else None.
+
+    Of a file in the Hub's cache, which is a link, it is the name of the link's target.
+    """
+    if file.is_local:
+        match = _BLOB.fullmatch(file.link() or "")
+        return match[1] if match is not None else None
+    stated = file.identity().etag if str(file).startswith(PREFIX) else ""
+    return stated if _HASH.fullmatch(stated) else None
 
 
 def download_snapshot(named: HubId, label: str, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:

@@ -205,6 +205,26 @@ class TestOnTheHub:
             locate_checkpoint("hf://org/name")
         assert len(repository.log) == 0
 
+    @pytest.mark.parametrize("name", ["model-00002-of-00004.safetensors", "config.json"])
+    def test_a_damaged_download_is_found_without_the_hub(self, name: str, repository: FakeHub) -> None:
+        place = locate_checkpoint("org/name", cache=True)
+        report = ckpt_convert.verify_checkpoint(place)
+        assert report.ok
+        assert "checksum" in report.checks
+        blob = (place / name).local.resolve()
+        blob.write_bytes(blob.read_bytes().replace(b"1", b"2", 1))
+        repository.log.clear()
+        (finding,) = [found for found in ckpt_convert.verify_checkpoint(place).findings if found.check == "checksum"]
+        assert (finding.severity, finding.file, finding.expected) == ("error", name, blob.name)
+        assert len(repository.log) == 0
+
+    def test_what_the_hub_sends_is_what_it_states(self, repository: FakeHub) -> None:
+        report = ckpt_convert.verify_checkpoint("hf://org/name")
+        assert report.ok
+        assert "checksum" in report.checks
+        weights = sum(file.stat().st_size for file in HF.glob("*.safetensors"))
+        assert repository.log.sent("cdn") <= 1.05 * weights  # one pass for values and hashes
+
     def test_everything_that_reads_a_path_reads_a_repository(self, repository: FakeHub, tmp_path: Path) -> None:
         assert ckpt_convert.verify_checkpoint("hf://org/name").ok
         assert ckpt_convert.diff_checkpoints("hf://org/name", META).same

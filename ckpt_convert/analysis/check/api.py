@@ -64,8 +64,8 @@ def verify_checkpoint(
         require_packages()
     names = (accept,) if isinstance(accept, str) else tuple(accept)
     accepted = tuple(accept_files(checkpoint_place(checked_place(path)), names)) if names else None
-    this = Opening(locate.locate_checkpoint(path, revision), format, family, config)
-    other = Opening(locate.locate_checkpoint(against), None, family) if against is not None else None
+    this = Opening(locate.locate_checkpoint(path, revision, cache=logits), format, family, config)
+    other = Opening(locate.locate_checkpoint(against, cache=logits), None, family) if against is not None else None
     count = workers or DEFAULT_WORKERS
     result = check_checkpoint(
         this.place, format=format, family=family, config=config, values=values, workers=count, progress=progress

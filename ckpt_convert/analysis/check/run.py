@@ -7,7 +7,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.analysis.check import auxiliary_files, checksums, directory, generic, root_causes, table, training
+from ckpt_convert.analysis.check import (
+    auxiliary_files,
+    checksums,
+    directory,
+    generic,
+    hub_hashes,
+    root_causes,
+    table,
+    training,
+)
 from ckpt_convert.analysis.check.lenient_open import LenientCheckpoint, open_leniently, without_directory
 from ckpt_convert.analysis.check.report import Skipped, Verification, by_severity
 from ckpt_convert.analysis.check.spans import ExpectedEqual, Share
@@ -328,7 +337,8 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     from ckpt_convert.analysis.check import values
 
     crcs = list(values.crc_spans(work.opened))
-    spans = [*values.finite_spans(work.opened), *crcs, *pieces, *hashes]
+    stated = hub_hashes.check_hub_hashes(work.opened)
+    spans = [*values.finite_spans(work.opened), *crcs, *pieces, *hashes, *stated]
     compared = work.described or work.opened.view
     found, nbytes = values.read_spans(
         spans, work.expected, compared, workers=workers, progress=progress, share=work.share
@@ -336,7 +346,7 @@ def _read(work: _Work, workers: int, progress: ProgressCallback | None) -> int:
     work.done("values", root_causes.merge_zero_tensors(found, work.opened))
     if crcs:
         work.done("crc")
-    if record is not None:
+    if record is not None or stated:
         work.done("checksum")
     elif not hashes and "training" not in work.checks:
         why = f"no checksums came with it ({MANIFEST}, checklist.chk)"

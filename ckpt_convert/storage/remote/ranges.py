@@ -47,7 +47,7 @@ class HttpRanges:
     refused: Callable[[str, Answer], CkptConvertError]
     _target: _Target | None = field(default=None, init=False, repr=False)
 
-    def fetch(self, offset: int, nbytes: int) -> bytes:
+    def fetch(self, offset: int, nbytes: int) -> memoryview:
         """The bytes of a range within the file.
 
         Raises SourceChangedError, UnreadableError, and what ``refused`` returns.
@@ -67,7 +67,7 @@ class HttpRanges:
             done += count
 
         self.client.persist(self.label, attempt, lambda: done)
-        return bytes(data)
+        return memoryview(data)
 
     def _fetch_some(self, offset: int, buffer: memoryview, advance: Callable[[int], None]) -> int:
         """Send one request for a range; returns how many bytes came, which ``advance`` is told as they come."""
