@@ -157,6 +157,7 @@ class OrderedStage:
     def discard(self) -> None:
         """Remove what was written, except files that something else changed or created; the rest is no checkpoint."""
         try:
+            self._directory.abort_uploads()  # one whose start was not answered is known to no writer
             there = self._directory.list()
             ours = {name for name in there if self.folder.is_written(name, there[name])}
             if ours and JOURNAL not in there:  # removing the journal was the last step

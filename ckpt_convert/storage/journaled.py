@@ -75,13 +75,17 @@ class JournaledDirectory:
         return {place.relative_name(self.place): entry for place, entry in self.seen.entries().items()}
 
     def adopt(self, there: Mapping[str, Entry]) -> None:
-        """Take over the existing journal, and end the uploads that its writer has left open."""
+        """Take over the existing journal, and abort the uploads that its writer has left open."""
         self.journal = JournalContent.read(self.seen / JOURNAL)
         self._etag = there[JOURNAL].etag
+        self.abort_uploads()
+
+    def abort_uploads(self) -> None:
+        """Abort the uploads that are open for names in the journal; warns if they may still be there."""
         try:
             self.store.abort_uploads([self.full_name(name) for name in self.journal.names], f"{self.place.path}/")
         except CkptConvertError as error:
-            log.warning("%s; uploads that an interrupted writer left open may still be charged", error)
+            log.warning("%s; uploads that were left open may still be charged", error)
 
     def announce(self, names: Collection[str], **changes: Any) -> None:
         """Record that these names belong to this writer, before any of the files exists."""

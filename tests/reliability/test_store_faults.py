@@ -7,10 +7,12 @@ open, what is accepted as a checkpoint is whole, and the next attempt keeps the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 import moto.s3.models
 import pytest
@@ -19,22 +21,26 @@ import ckpt_convert
 from ckpt_convert import CkptConvertError
 from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.analysis.diff.compare import compare_checkpoints
-from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.errors import InputError
-from ckpt_convert.storage.place import Place
+from ckpt_convert.checkpoint.checkpoint import Checkpoint, open_identified
+from ckpt_convert.errors import InputError, OutputExistsError, VerificationError
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place, checked_place, with_options
 from ckpt_convert.storage.remote import uploads
-from ckpt_convert.storage.remote.objects import ObjectStorage
 from tests.helpers import GOLDEN
 from tests.servers import faults, s3
-from tests.servers.faults import Fault, FaultProxy, Rule
+from tests.servers.faults import Fault, FaultProxy, Forward, Rule
+from tests.servers.http import Answer, DroppedError, Request
 from tests.servers.s3 import Bucket
 
 HF = GOLDEN / "llama" / "hf"
-OPTIONS = (("max_retries", "3"), ("retry_timeout", "20"), ("timeout", "2s"))
-LOCK = ".out.partial"
+WAYS: dict[str, dict[str, Any]] = {
+    "meta": {"to": "meta", "model_parallel": 2},
+    "hf": {"to": "hf", "dtype": "bfloat16", "allow_overflow": True},
+}
+_T = TypeVar("_T")
 
-WRITING = ("list", "head", "get", "put", "create", "part", "complete", "delete")
-"""The kinds of requests of a conversion from the store and into it."""
+REQUESTS = {"list": 5, "head": 3, "get": 10, "put": 14, "create": 2, "part": 16, "complete": 2, "delete": 2}
+"""How many requests of each kind the conversion makes, from the store and into it."""
 
 HEALED: dict[str, tuple[Fault, int]] = {
     "503 twice": (faults.status(503), 2),
@@ -47,36 +53,74 @@ HEALED: dict[str, tuple[Fault, int]] = {
 """Faults that pass, and how often each befalls every kind of request."""
 
 
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+FATAL: dict[str, Fault] = {
+    "503": faults.status(503),
+    "reset": faults.reset,
+    "answer lost": faults.lost,
+    "denied": faults.status(403, DENIED),
+    "another etag": faults.changed_etag,
+}
+"""Faults that stay; the first ones are tried at every kind of request, all of them among the slow tests."""
+
+_MOST = [fault if number < 3 else pytest.param(fault, marks=pytest.mark.slow) for number, fault in enumerate(FATAL)]
+
+
 @dataclass(frozen=True)
 class World:
     """A source in a bucket behind a proxy, and what an output of it has to be."""
 
     bucket: Bucket
     proxy: FaultProxy
+    options: Mapping[str, Any]
     expected: dict[str, bytes]
 
-    def place(self, name: str) -> Place:
-        return Place(ObjectStorage("s3", self.bucket.name, OPTIONS), PurePosixPath(name))
+    def place(self, name: str, retries: int = 3) -> Place:
+        options = {"max_retries": retries, "retry_timeout": 20, "timeout": "2s"}
+        return checked_place(with_options(f"s3://{self.bucket.name}/{name}", options))
 
-    def convert(self, **options: Any) -> ckpt_convert.Report:
+    def convert(self, *, retries: int = 3, **options: Any) -> ckpt_convert.Report:
         """The conversion that all tests do, into files of several parts each."""
-        given: dict[str, Any] = {"to": "meta", "model_parallel": 2, "workers": 1, **options}
-        return ckpt_convert.convert_checkpoint(self.place("in"), self.place("runs/out"), **given)
+        given: dict[str, Any] = {**self.options, "workers": 1, **options}
+        return ckpt_convert.convert_checkpoint(self.place("in", retries), self.place("runs/out", retries), **given)
+
+    def fail(self, **options: Any) -> CkptConvertError | None:
+        """The error of a conversion that a fault befalls for good; None if it ends well all the same."""
+        try:
+            self.convert(retries=1, **options)
+        except CkptConvertError as error:
+            assert_clear(error)
+            return error
+        finally:
+            self.proxy.clear()
+        return None
 
     def output(self) -> dict[str, bytes]:
+        return self._below(self.bucket.files)
+
+    def finished(self) -> dict[str, str]:
+        """The etags of the weight files that an attempt has finished, as its journal has them."""
+        journal = self.output().get(JOURNAL)
+        return {} if journal is None else {name: etag for name, (etag, _) in json.loads(journal)["whole"].items()}
+
+    def etags(self) -> dict[str, str]:
+        return self._below(self.bucket.etags)
+
+    def _below(self, objects: dict[str, _T]) -> dict[str, _T]:
         start = "runs/out/"
-        return {key.removeprefix(start): data for key, data in self.bucket.files.items() if key.startswith(start)}
+        return {key.removeprefix(start): data for key, data in objects.items() if key.startswith(start)}
+
+    def remove_output(self) -> None:
+        for key in self.bucket.files:
+            if key.startswith("runs/"):
+                self.bucket.backend.delete_object(self.bucket.name, key)
 
     def is_accepted(self) -> bool:
         """Whether anything of ours takes the output for a checkpoint."""
         with contextlib.suppress(InputError), open_identified(self.place("runs/out")):
             return True
         return False
-
-    def unlock(self) -> None:
-        """What a person is told to do after a writer that could not do it any more."""
-        if f"runs/{LOCK}" in self.bucket.files:
-            self.place(f"runs/{LOCK}").store.delete([f"runs/{LOCK}"])
 
     def assert_whole(self) -> None:
         assert self.output() == self.expected
@@ -85,41 +129,50 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What the conversion writes on a disk."""
-    out = tmp_path_factory.mktemp("expected") / "out"
-    ckpt_convert.convert_checkpoint(HF, out, to="meta", model_parallel=2)
-    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, bytes]]:
+    """What the conversions write on a disk."""
+    made = {}
+    for to, options in WAYS.items():
+        out = tmp_path_factory.mktemp("expected") / "out"
+        ckpt_convert.convert_checkpoint(HF, out, **options)
+        made[to] = {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    return made
 
 
 @pytest.fixture
 def world(
-    bucket: Bucket, s3_proxy: FaultProxy, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    bucket: Bucket, s3_proxy: FaultProxy, expected: dict[str, dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[World]:
+    """A conversion into two torch files, whose headers are known last."""
     for name in ("PART", "_MIB"):
-        monkeypatch.setattr(uploads, name, 1 << 16)
+        monkeypatch.setattr(uploads, name, 1 << 15)
     monkeypatch.setattr(moto.s3.models, "S3_UPLOAD_PART_MIN_SIZE", 1)
-    for path in HF.iterdir():
-        bucket.put(f"in/{path.name}", path.read_bytes())
-    made = World(bucket, s3_proxy, expected)
-    yield made
-    assert {f"in/{path.name}": path.read_bytes() for path in HF.iterdir()}.items() <= bucket.files.items()
+    source = {f"in/{path.name}": path.read_bytes() for path in HF.iterdir()}
+    for key, data in source.items():
+        bucket.put(key, data)
+    yield World(bucket, s3_proxy, WAYS["meta"], expected["meta"])
+    assert source.items() <= bucket.files.items()
 
 
-def paragraph(error: CkptConvertError) -> str:
-    """An error's text, which is one paragraph that names the place and holds nothing secret."""
+@pytest.fixture
+def shards(world: World, expected: dict[str, dict[str, bytes]]) -> World:
+    """A conversion into four safetensors files, each finished before the next begins."""
+    return replace(world, options=WAYS["hf"], expected=expected["hf"])
+
+
+def assert_clear(error: CkptConvertError) -> None:
+    """An error is one paragraph that names a place and holds nothing secret."""
     text = str(error)
     assert "s3://bucket-" in text
     assert "\n\n" not in text
     assert len(text) < 800
     for secret in (s3.SECRET, s3.KEY, "X-Amz", "Signature", "uploadId", "127.0.0.1"):
         assert secret not in text
-    return text
 
 
 def test_the_kinds_of_requests_are_known(world: World) -> None:
     world.convert()
-    assert world.proxy.log.kinds().keys() == {*WRITING}
+    assert world.proxy.log.kinds() == REQUESTS
     world.assert_whole()
 
 
@@ -127,7 +180,7 @@ class TestHealed:
     @pytest.mark.parametrize("fault", HEALED)
     def test_a_conversion_in_which_each_kind_of_request_fails(self, world: World, fault: str) -> None:
         what, times = HEALED[fault]
-        rules = [world.proxy.add(Rule(what, kind=kind, times=times)) for kind in WRITING]
+        rules = [world.proxy.add(Rule(what, kind=kind, times=times)) for kind in REQUESTS]
         world.convert()
         world.assert_whole()
         assert all(rule.hits == times for rule in rules)
@@ -149,15 +202,137 @@ class TestHealed:
         assert all(rule.hits == 1 for rule in rules)
 
 
-def inspect(world: World) -> None:
-    with open_identified(world.place("runs/out")) as opened:
+def inspect(world: World, retries: int = 3) -> None:
+    with open_identified(world.place("runs/out", retries)) as opened:
         assert opened.model.family.name == "llama"
+        Checkpoint(opened)[next(iter(opened.tensors))].tobytes()
 
 
-def verify(world: World) -> None:
-    assert check_checkpoint(world.place("runs/out")).findings == ()
+def verify(world: World, retries: int = 3) -> None:
+    assert check_checkpoint(world.place("runs/out", retries)).findings == ()
 
 
-def diff(world: World) -> None:
-    with open_identified(world.place("in")) as one, open_identified(world.place("runs/out")) as other:
+def diff(world: World, retries: int = 3) -> None:
+    with (
+        open_identified(world.place("in", retries)) as one,
+        open_identified(world.place("runs/out", retries)) as other,
+    ):
         assert compare_checkpoints(one, other).same
+
+
+class TestErrors:
+    @pytest.mark.parametrize("fault", _MOST)
+    @pytest.mark.parametrize("kind", REQUESTS)
+    def test_an_attempt_ends_and_the_next_goes_on(self, world: World, kind: str, fault: str) -> None:
+        middle = REQUESTS[kind] // 2
+        rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=middle, times=None))
+        error = world.fail()
+        assert rule.hits
+        kept = world.finished()
+        assert not world.is_accepted() or world.output() == world.expected
+        if error is None:
+            return
+        if fault == "another etag" and kind == "put":  # nothing of what was written is recognized, nor removed
+            assert isinstance(error, VerificationError)
+            return
+        report = world.convert(resume=True)
+        world.assert_whole()
+        assert report.resumed_bytes or not kept
+        assert kept.items() <= world.etags().items()
+
+    @pytest.mark.parametrize("kind", ["list", "get"])
+    @pytest.mark.parametrize("fault", FATAL)
+    def test_a_look_that_cannot_be_taken(self, world: World, kind: str, fault: str) -> None:
+        world.convert()
+        for look in (inspect, verify, diff):
+            world.proxy.clear()
+            rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=1 if kind == "get" else 0, times=None))
+            try:
+                look(world, retries=1)
+            except CkptConvertError as error:
+                assert_clear(error)
+            else:
+                assert (kind, fault) == ("list", "another etag"), "which is of the listing, not of what is listed"
+            assert rule.hits
+
+    @pytest.mark.parametrize("kind", REQUESTS)
+    def test_a_checkpoint_is_replaced_or_gone_or_as_it_was(self, world: World, kind: str) -> None:
+        ckpt_convert.convert_checkpoint(HF, world.place("runs/out"), to="native")
+        old = world.output()
+        middle = REQUESTS[kind] // 2
+        world.proxy.add(Rule(faults.status(503), kind=kind, first=middle, times=None))
+        error = world.fail(overwrite=True)
+        assert not world.is_accepted() or world.output() in (old, world.expected)
+        if error is not None:
+            world.convert(overwrite=True, resume=True)
+        world.assert_whole()
+
+    @pytest.mark.parametrize("fault", ["503", "reset", "answer lost"])
+    def test_what_continues_is_interrupted_again(self, shards: World, fault: str) -> None:
+        world = shards
+        world.proxy.add(Rule(faults.status(503), kind="part", name="model-00003", times=None))
+        assert world.fail() is not None
+        kept = world.finished()
+        assert len(kept) == 2
+        for kind in ("part", "put", "complete", "list"):
+            world.proxy.add(Rule(FATAL[fault], kind=kind, times=None))
+            assert world.fail(resume=True) is not None
+        world.convert(resume=True)
+        world.assert_whole()
+        assert kept.items() <= world.etags().items()
+
+
+class TestOutages:
+    def test_a_short_one_is_waited_for(self, world: World) -> None:
+        def outage(request: Request, forward: Forward) -> Answer:
+            world.proxy.drop_connections()
+            raise DroppedError
+
+        for kind in REQUESTS:
+            world.proxy.add(Rule(outage, kind=kind, first=1, times=1))
+        world.convert()
+        world.assert_whole()
+
+    def test_a_long_one_ends_the_attempt_and_nothing_is_half_there(self, world: World) -> None:
+        """All connections are dropped from the middle on, also those that would clean up."""
+
+        def pull_the_plug(request: Request, forward: Forward) -> Answer:
+            world.proxy.add(Rule(faults.reset, times=None))
+            raise DroppedError
+
+        world.proxy.add(Rule(pull_the_plug, kind="part", first=2))
+        error = world.fail()
+        assert error is not None
+        assert not world.is_accepted()
+        assert world.bucket.uploads
+        world.convert(resume=True)
+        world.assert_whole()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [2, None], ids=["once", "for good"])
+@pytest.mark.parametrize("fault", FATAL)
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_request_fails(
+    world: World, way: str, fault: str, times: int | None, expected: dict[str, dict[str, bytes]]
+) -> None:
+    """Every request of a conversion fails as often as it is sent, and that one alone or all that come after it, too."""
+    world = replace(world, options=WAYS[way], expected=expected[way])
+    for number in itertools.count():
+        world.remove_output()
+        rule = world.proxy.add(Rule(FATAL[fault], first=number, times=times))
+        error = world.fail()
+        if not rule.hits:
+            assert error is None
+            break
+        kept = world.finished()
+        assert not world.is_accepted() or world.output() == world.expected, number
+        try:
+            world.convert(resume=True)
+        except OutputExistsError:
+            # Complete but for the lock; or the store has lied about what it wrote, which is not ours to remove then.
+            assert world.output() == world.expected or fault == "another etag", number
+        else:
+            world.assert_whole()
+            assert kept.items() <= world.etags().items(), number
+    assert number > 40
