@@ -13,6 +13,9 @@ from ckpt_convert.tensors.casts import Caster
 _STEPS = ("F32", "BF16", "F16")
 """The dtypes that values are rounded to where weights are cast."""
 
+_FEW = 4096
+"""Elements that are looked at first: they rule out most casts, at a fraction of the cost of a block."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rounding:
@@ -38,9 +41,12 @@ class RoundingSearch:
 
     def add(self, a: memoryview, b: memoryview) -> None:
         """Drop the casts that do not explain these elements, the same of both tensors."""
-        if self._left:
-            one, other = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
-            self._left = [rounding for rounding in self._left if self._explains(rounding, one, other)]
+        one, other = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
+        sizes = [DTYPES[dtype].bits // 8 for dtype in self._dtypes]
+        for count in (_FEW, len(one)):
+            if self._left:
+                few, same = one[: count * sizes[0]], other[: count * sizes[1]]
+                self._left = [rounding for rounding in self._left if self._explains(rounding, few, same)]
 
     @property
     def found(self) -> Rounding | None:
