@@ -141,7 +141,7 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 def _run(words: list[str], debug: bool) -> int:
     from ckpt_convert.cli.text import Printed, silence, stopping_nothing
 
-    printed, stdout = Printed(), sys.stdout  # where a pipe breaks, click replaces it
+    printed, stdout = Printed(words=words), sys.stdout  # where a pipe breaks, click replaces it
     try:
         result: Any = cli.main(words, prog_name=_NAME, standalone_mode=False, obj=printed)
         # An exit code of 1 stands even if printing failed; a command that only prints has failed then.

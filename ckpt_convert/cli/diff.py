@@ -15,6 +15,7 @@ from ckpt_convert.cli import colors, options, tree
 from ckpt_convert.cli.text import (
     Labelled,
     columns,
+    command_line,
     echo,
     echo_json,
     escape,
@@ -179,7 +180,7 @@ def diff(
         )
         bar.stop()
         if html is not None:
-            write_page(html, diff_page(found.as_dict()))
+            write_page(html, diff_page(found.as_dict(), command_line()))
         if as_json:
             echo_json(found.as_dict())
         elif not quiet and html != "-":

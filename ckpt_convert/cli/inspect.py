@@ -11,7 +11,7 @@ from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli import options
 from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
-from ckpt_convert.cli.text import echo, echo_json, terminal_width
+from ckpt_convert.cli.text import command_line, echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
@@ -124,7 +124,7 @@ def _show(
             from ckpt_convert.cli.pages import write_page
             from ckpt_convert.cli.stated import stated
 
-            write_page(html, inspect_page(document, stated(facts.checkpoint.files)))
+            write_page(html, inspect_page(document, stated(facts.checkpoint.files), command_line()))
         if as_json:
             echo_json(document)
     if statistics is not None and fail_on_nan:

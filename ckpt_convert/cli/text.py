@@ -6,6 +6,8 @@ import contextlib
 import errno
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 import unicodedata
@@ -19,6 +21,12 @@ from ckpt_convert.cli.flags import document_in_flags, in_flags
 from ckpt_convert.wording import with_unit
 
 _GAP = "  "
+_SECRETS = (
+    (re.compile(r"(\w+://)(?:[^/@]*@)?([^?]*\??).*", re.DOTALL), r"\1\2"),
+    (re.compile(r"([\w-]*(?:key|token|secret|password|credential|sas)[\w-]*=).+", re.IGNORECASE | re.DOTALL), r"\1…"),
+)
+"""What may be secret in a word of a command: user and query of an address (signed), the value of such a setting."""
+
 _LEAST = 28
 """The first column is not shortened below this, nor by more than a third; else it gets its own lines."""
 
@@ -171,9 +179,20 @@ def echo(text: str, *, err: bool = False) -> None:
 
 @dataclass
 class Printed:
-    """The state of a command's output: ``lost`` is whether some of it could not be written."""
+    """The state of a command's output: ``lost`` is whether some of it could not be written; ``words`` are its own."""
 
     lost: bool = False
+    words: Sequence[str] = ()
+
+
+def command_line() -> str:
+    """The command that runs, as it was typed, but for what may be secret in it; "" where nothing was typed."""
+    context = click.get_current_context(silent=True)
+    printed = context.find_object(Printed) if context is not None else None
+    words = printed.words if printed is not None else ()
+    for pattern, kept in _SECRETS:
+        words = [pattern.sub(kept, word) for word in words]
+    return shlex.join(["ckpt-convert", *words]) if words else ""
 
 
 @contextlib.contextmanager

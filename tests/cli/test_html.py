@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -11,18 +12,24 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from safetensors.numpy import save_file
 
+from ckpt_convert import __version__
 from ckpt_convert.cli.diff import diff
 from ckpt_convert.cli.html import diff_page, inspect_page
 from ckpt_convert.cli.inspect import inspect
-from ckpt_convert.cli.text import escape
+from ckpt_convert.cli.text import Printed, command_line, escape
 from ckpt_convert.wording import human_bytes
+from tests import command
 from tests.cli.pages import (
     CONTRAST,
+    LAYERS,
+    MODULES,
     bad_colour,
     choose,
     colours_at_mark,
@@ -130,7 +137,7 @@ def show(tab: Tab, tmp_path: Path) -> Iterator[Open]:
 def test_a_page_for_each_format(path: str, show: Open) -> None:
     found = run(inspect, GOLDEN / path, "--stats")
     page = show(inspect_page(found))
-    expect(page.locator("h1")).to_have_text(Path(path).name)
+    expect(page.locator("h1")).to_have_text(path if path.endswith("/hf") else Path(path).name)
     text = page.locator("main").inner_text()
     assert f"{found['parameters']:,}" in text
     assert human_bytes(found["bytes"]) in text
@@ -653,3 +660,136 @@ def test_a_file_made_to_be_in_the_way(show: Open) -> None:
     assert any(tips(page, "#map", across=9, down=9))
     expect(page.locator("#strip-note")).to_contain_text("2,000 files (the first 1,200 are shown)")
     expect(page.locator("#heat canvas")).to_have_js_property("tagName", "CANVAS")
+
+
+class TestDetails:
+    """What a first look at a page stumbles over."""
+
+    @pytest.mark.parametrize("width", [390, 900, 1241, 1280, 1400, 1920])
+    def test_no_table_beside_another_is_cut(self, width: int, show: Open) -> None:
+        page = show(inspect_page(document(keys_of_a_model())), width=width)
+        cut = "at => at.querySelector('.scroller').scrollWidth - at.querySelector('.scroller').clientWidth"
+        assert page.locator("#dtypes").evaluate(cut) <= 0
+        expect(page.locator("#dtypes .more")).to_be_hidden()
+
+    def test_a_table_that_goes_on_to_the_right_hints_at_it_until_its_end(self, show: Open) -> None:
+        page = show(inspect_page(document(keys_of_a_model(), stats=True)), width=390)
+        more = page.locator("#tensors .more")
+        expect(more).to_be_visible()
+        page.locator("#tensors .scroller").evaluate("at => { at.scrollLeft = at.scrollWidth; }")
+        expect(more).to_be_hidden()
+        page.locator("#tensors .scroller").evaluate("at => { at.scrollLeft = 0; }")
+        expect(more).to_be_visible()
+
+    def test_the_placeholder_shows_its_underscore(self, show: Open) -> None:
+        page = show(inspect_page(document(keys_of_a_model())))
+        box = page.locator("#tensors input[type=search]")
+        assert "q_proj" in str(box.get_attribute("placeholder"))
+        seen = box.screenshot()
+        box.evaluate("at => { at.placeholder = at.placeholder.replace('_', ' '); }")
+        assert box.screenshot() != seen
+
+    @pytest.mark.parametrize("host", ["#map", "#strip", "#heat"])
+    def test_the_keyboard_reaches_the_cells(self, host: str, show: Open) -> None:
+        page = show(inspect_page(document(keys_of_a_model(), stats=True)))
+        for _ in range(40):
+            page.keyboard.press("Tab")
+            if page.evaluate("host => document.activeElement?.closest?.(host) !== null", host):
+                break
+        tip = page.locator("#tip")
+        expect(tip).to_be_visible()
+        first = tip.inner_text()
+        page.keyboard.press("ArrowRight")
+        assert tip.inner_text() not in ("", first)
+        page.keyboard.press("Tab")
+        expect(tip).to_be_hidden()
+
+    @pytest.mark.parametrize(("value", "shown"), [(1.76e-8, "1.76e-8"), (0.0204, "0.0204"), (1.8e-8, "1.80e-8")])
+    def test_cells_show_what_the_legend_shows(self, value: float, shown: str, show: Open) -> None:
+        found = document(keys_of_a_model(), stats=True)
+        for tensor in found["tensors"]:
+            tensor["stats"]["std"] = value
+        page = show(inspect_page(found))
+        assert page.locator("#heat-legend .ticks").inner_text() == shown
+        drawn = page.evaluate(
+            """() => {
+                const texts = [], before = CanvasRenderingContext2D.prototype.fillText;
+                CanvasRenderingContext2D.prototype.fillText = function (text, ...rest) {
+                    texts.push(text);
+                    before.call(this, text, ...rest);
+                };
+                document.dispatchEvent(new Event("theme"));
+                CanvasRenderingContext2D.prototype.fillText = before;
+                return texts;
+            }"""
+        )
+        assert drawn.count(shown) >= LAYERS * len(MODULES)
+
+    @pytest.mark.parametrize("scheme", ["light", "dark"])
+    def test_the_edges_of_controls_stand_out(self, scheme: str, show: Open) -> None:
+        page = show(inspect_page(document(keys_of_a_model())), scheme=scheme)
+        for control in ("#theme", "#tensors input", "#map-controls span"):
+            edge = page.locator(control).first.evaluate("at => getComputedStyle(at).borderTopColor")
+            ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+            assert contrast(*(as_hex(colour) for colour in (edge, ground))) >= 3, (control, edge, ground)
+
+    @pytest.mark.parametrize(
+        ("path", "title"),
+        [
+            ("demo/hf", "demo/hf"),
+            ("models/Llama-3.2-1B", "Llama-3.2-1B"),
+            ("run/step-100/", "run/step-100"),
+            ("/data/llama/original", "llama/original"),
+            ("/h/hub/models--meta-llama--Llama-3.2-1B/snapshots/0123abcd", "meta-llama/Llama-3.2-1B"),
+            ("org/name", "name"),
+            ("a.safetensors", "a.safetensors"),
+            ("https://host/hf", "host/hf"),
+            ("/", "/"),
+        ],
+    )
+    def test_the_title_says_which_checkpoint_it_is(self, path: str, title: str) -> None:
+        page = inspect_page(document(keys_of_a_model(), path=path))
+        assert f"<title>{title}</title>" in page
+
+    def test_a_directory_that_says_little_is_called_after_where_it_is(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (tmp_path / "hf").mkdir()
+        monkeypatch.chdir(tmp_path)
+        for path, title in (("hf", f"{tmp_path.name}/hf"), (".", tmp_path.name)):
+            assert f"<title>{title}</title>" in inspect_page(document(keys_of_a_model(), path=path))
+
+    def test_the_sides_of_a_difference_are_called_as_the_title_calls_them(self, show: Open) -> None:
+        found = difference(path="one/hf")
+        page = show(diff_page(found))
+        assert page.title() == "one/hf and tuned"
+        assert [text.strip() for text in page.locator("#sides h2").all_inner_texts()] == ["Aone/hf", "Btuned"]
+
+    def test_the_page_says_which_command_made_it(self, tmp_path: Path, show: Open) -> None:
+        path = tmp_path / "a b"
+        path.mkdir()
+        save_file({"w": np.zeros(2, np.float32)}, path / "m.safetensors")
+        command.run("inspect", path, "--html", tmp_path / "i.html", code=0)
+        made = show((tmp_path / "i.html").read_text()).locator(".made")
+        said = f"ckpt-convert inspect '{path}' --html {tmp_path / 'i.html'}"
+        expect(made).to_have_text(f"Made by ckpt-convert {__version__}: {said}")
+        command.run("diff", path, path, "--html", tmp_path / "d.html", code=0)
+        expect(show((tmp_path / "d.html").read_text()).locator(".made code")).to_contain_text("ckpt-convert diff ")
+
+    @pytest.mark.parametrize(
+        ("word", "shown"),
+        [
+            ("https://me:pass@host/a?X-Sig=abc", "https://host/a?"),
+            ("--config=https://host/a?X-Sig=abc", "--config=https://host/a?"),
+            ("secret_access_key=abc", "secret_access_key=…"),
+            ("--filter=*.mlp.*", "--filter=*.mlp.*"),
+        ],
+    )
+    def test_nothing_secret_is_on_it(self, word: str, shown: str) -> None:
+        with click.Context(click.Command("x"), obj=Printed(words=["inspect", word])):
+            assert command_line() == shlex.join(["ckpt-convert", "inspect", shown])
+
+
+def as_hex(colour: str) -> str:
+    """A colour as the browser computed it, as #rrggbb."""
+    return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", colour)[:3])

@@ -9,36 +9,52 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
+from ckpt_convert._version import __version__
 from ckpt_convert.cli.html import columns
 from ckpt_convert.cli.text import escape, json_text
+from ckpt_convert.models.core.table import FORMATS
+
+Stated = tuple[str, Sequence[str]]
+"""A label, and what files say of themselves under it."""
 
 _SCRIPTS = ("base", "colours", "picture", "tensors", "table", "treemap", "strip", "heatmap")
 """The scripts of both kinds of page, in order of dependency; the page's own script comes last."""
 
+_CACHED = "models--"
+"""How the folder of a repository in the Hub's cache begins: models--org--name."""
+
+_SAYS_LITTLE = re.compile(
+    rf"({'|'.join(FORMATS)}|original|models?|weights|out(put)?|latest|best|final|merged|adapter|converted"
+    r"|(step|global_?step|checkpoint|ckpt|epoch)s?[-_]?\d*)",
+    re.IGNORECASE,
+)
+"""Directories that are called after what is in them, or after when it was written."""
+
 _MARKER = re.compile(r"\{\{(\w+)\}\}")
 
 
-def inspect_page(document: Mapping[str, Any], said: Iterable[tuple[str, Sequence[str]]] = ()) -> str:
+def inspect_page(document: Mapping[str, Any], said: Iterable[Stated] = (), command: str = "") -> str:
     """The page of what ``inspect --json`` says of one checkpoint; with statistics where its tensors have "stats".
 
-    ``said`` is what its files say of themselves (``stated.stated``).
+    ``said`` is what its files say of themselves (``stated.stated``), ``command`` what made the page.
     """
     lines = [(label, " ".join(items)) for label, items in said]
-    return _page("inspect", _name(document["path"]), {**columns.of_checkpoint(document), "stated": lines})
+    return _page("inspect", _name(document["path"]), {**columns.of_checkpoint(document), "stated": lines}, command)
 
 
-def diff_page(document: Mapping[str, Any]) -> str:
-    """The page of what ``diff --json`` says of two checkpoints."""
-    title = f"{_name(document['a']['path'])} and {_name(document['b']['path'])}"
-    return _page("diff", title, columns.of_difference(document))
+def diff_page(document: Mapping[str, Any], command: str = "") -> str:
+    """The page of what ``diff --json`` says of two checkpoints; ``command`` is what made it."""
+    names = [_name(document[side]["path"]) for side in "ab"]
+    return _page("diff", " and ".join(names), {**columns.of_difference(document), "names": names}, command)
 
 
-def _page(kind: str, title: str, data: Mapping[str, Any]) -> str:
+def _page(kind: str, title: str, data: Mapping[str, Any], command: str) -> str:
     script = "\n".join(_asset(f"{name}.js") for name in (*_SCRIPTS, kind))
     style = _asset("page.css")
     parts = {
@@ -46,6 +62,8 @@ def _page(kind: str, title: str, data: Mapping[str, Any]) -> str:
         "policy": f"script-src {_hash(script)}; style-src {_hash(style)}",
         "style": style,
         "body": _asset(f"{kind}.html"),
+        "made": f"Made by ckpt-convert {__version__}"
+        + (f": <code>{html.escape(escape(command))}</code>" if command else ""),
         "data": _json({**data, "title": title}),
         "script": script,
     }
@@ -58,8 +76,15 @@ def _json(value: object) -> str:
 
 
 def _name(path: object) -> str:
-    """The last part of a path or of a Hub id."""
-    return str(path).rstrip("/").rpartition("/")[2] or str(path)
+    """What a checkpoint is called: its Hub id, or its directory, with the one above where "hf" says little."""
+    text = str(path)
+    parts = [part for part in text.split("/") if part not in ("", ".")]
+    cached = next((part for part in parts if part.startswith(_CACHED)), None)
+    if cached is not None:
+        return cached.removeprefix(_CACHED).replace("--", "/")
+    if "://" not in text and (not parts or (len(parts) == 1 and _SAYS_LITTLE.fullmatch(parts[0]))):
+        parts = [*os.path.abspath(text).split("/")]
+    return "/".join(parts[-2:] if _SAYS_LITTLE.fullmatch(parts[-1]) else parts[-1:]) or text
 
 
 def _asset(name: str) -> str:

@@ -40,13 +40,13 @@ const shapeText = (shape) => (shape === null ? "unknown" : `[${shape.join(", ")}
 const percent = (share) => (share === 0 ? "0 %" : share < 0.0005 ? "< 0.1 %" : share < 1 && share > 0.9995 ? "> 99.9 %" : `${(share * 100).toFixed(share === 1 ? 0 : 1)} %`);
 const product = (shape) => shape.reduce((all, size) => all * size, 1);
 
-/** A measured number in four digits; "–" where there is none. */
-function measure(value) {
+/** A measured number in four digits, three with an exponent, or in `digits`; "–" where there is none. */
+function measure(value, digits = null) {
   if (value === null || value === undefined) return "–";
   if (!Number.isFinite(value)) return Number.isNaN(value) ? "NaN" : value > 0 ? "Inf" : "-Inf";
   if (Number.isInteger(value) && Math.abs(value) < 1e15) return number(value);
   const size = Math.abs(value);
-  return size >= 1e-3 && size < 1e5 ? String(Number(value.toPrecision(4))) : value.toExponential(2);
+  return size >= 1e-3 && size < 1e5 ? String(Number(value.toPrecision(digits ?? 4))) : value.toExponential((digits ?? 3) - 1);
 }
 
 /** What JSON could not say as a number comes as its name. */

@@ -57,7 +57,7 @@ function sides() {
       ["parameters", side.parameters === null ? "unknown" : value("parameters", humanCount(side.parameters)), side.parameters === null ? null : `(${number(side.parameters)})`],
       ["size", value("bytes", humanBytes(side.bytes)), `(${number(side.bytes)} B)`],
     ]);
-    return el("div", {}, el("h2", {}, el("i", { class: "letter" }, letter), escapeText(side.path.replace(/\/+$/, "").split("/").at(-1) || side.path)), el("p", { class: "path" }, escapeText(side.path)), list);
+    return el("div", {}, el("h2", {}, el("i", { class: "letter" }, letter), escapeText(data.names[letter === "A" ? 0 : 1])), el("p", { class: "path" }, escapeText(side.path)), list);
   };
   place("sides").append(one("A", facts.a, facts.b), one("B", facts.b, facts.a));
 }
@@ -67,7 +67,7 @@ const METRICS = {
   max_abs: { text: "max |Δ|", kind: "log", hint: "the largest difference" },
   mean_abs: { text: "mean |Δ|", kind: "log", hint: "the mean difference" },
   max_ulp: { text: "max ULP", kind: "log", hint: "the largest difference, in steps of the dtype" },
-  share: { text: "elements", kind: "log", hint: "the share of elements that differ" },
+  share: { text: "elements", kind: "log", share: true, hint: "the share of elements that differ" },
 };
 
 /** How much a tensor changed: 0 where nothing did, Infinity where a number against nothing cannot say. */

@@ -156,7 +156,7 @@ function heatmap(host, { groups, label, metric, metrics, evaluate, describe: tol
           else {
             context.fillStyle = value === null ? empty : own.colour(value);
             context.fillRect(x, y, w, h);
-            if (w > 44 && value !== null && group.name !== null) written(context, short(value), x, y, w, h);
+            if (w > 44 && value !== null && group.name !== null) written(context, value, x, y, w, h);
           }
           state.cells.push({ id: state.cells.length, cell, layer, row, x, y, w, h, opens: Boolean(activate) });
           if (group.name === null) {
@@ -173,16 +173,18 @@ function heatmap(host, { groups, label, metric, metrics, evaluate, describe: tol
     key(shared, values);
   }
 
-  /** A value in its cell, dark or light as the colour below it needs. */
-  function written(context, text, x, y, w, h) {
+  /** A value in its cell, dark or light as the colour below it needs: as the legend says it, or in two digits. */
+  function written(context, value, x, y, w, h) {
     context.font = `10.5px ${FONT}`;
+    const text = texts(value).find((some) => context.measureText(some).width <= w - 5);
+    if (text === undefined) return;
     context.textAlign = "center";
     context.fillStyle = inkOn(context.fillStyle);
     context.fillText(text, x + w / 2, y + h / 2 + 0.5);
     context.textAlign = "left";
   }
 
-  const short = (value) => (metrics[state.metric].text.endsWith("%") ? percent(value) : measure(Number(value.toPrecision(2))));
+  const texts = (value) => (metrics[state.metric].share ? [percent(value)] : [measure(value), measure(value, 2)]);
 
   function numbersOf(context, layers, left, pitch, y) {
     context.textAlign = "center";

@@ -41,9 +41,9 @@ function dtypeTable() {
     label: "dtypes",
     count: rows.length,
     columns: [
-      { label: "dtype", width: 92, grow: true, code: true, cell: (i) => rows[i][0] },
-      { label: "tensors", width: 72, number: true, cell: (i) => number(rows[i][1].tensors) },
-      { label: "size", width: 84, number: true, cell: (i) => humanBytes(rows[i][1].bytes) },
+      { label: "dtype", width: 84, grow: true, code: true, cell: (i) => rows[i][0] },
+      { label: "tensors", width: 68, number: true, cell: (i) => number(rows[i][1].tensors) },
+      { label: "size", width: 78, number: true, cell: (i) => humanBytes(rows[i][1].bytes) },
       { label: "share", width: 116, cell: (i) => bar(facts.bytes ? rows[i][1].bytes / facts.bytes : 0, CATEGORIES[Math.max(data.types.indexOf(rows[i][0]), 0) % CATEGORIES.length]) },
     ],
   });
@@ -111,7 +111,7 @@ const STATISTICS = {
   min: { text: "min", kind: "diverging" },
   max: { text: "max", kind: "diverging" },
   largest: { text: "max |x|", kind: "log" },
-  zeros: { text: "zeros", kind: "linear" },
+  zeros: { text: "zeros", kind: "linear", share: true },
 };
 
 /** The statistics of several tensors (the experts of a layer) as if they were one. */

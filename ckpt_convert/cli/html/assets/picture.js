@@ -70,7 +70,15 @@ function picture(host, { label, height, draw, at, describe: told, activate = nul
   };
   canvas.addEventListener("pointermove", (event) => select(under(event), event.clientX, event.clientY));
   canvas.addEventListener("pointerleave", () => select(null));
-  canvas.addEventListener("blur", () => select(null));
+  // Who comes by the keyboard is at the first item at once; who presses a button is where the pointer is.
+  let isPressed = false;
+  canvas.addEventListener("pointerdown", () => (isPressed = true));
+  canvas.addEventListener("pointerup", () => (isPressed = false));
+  canvas.addEventListener("focus", () => isPressed || select(first()));
+  canvas.addEventListener("blur", () => {
+    isPressed = false;
+    select(null);
+  });
   canvas.addEventListener("click", (event) => {
     const item = under(event);
     if (item && activate) activate(item);
@@ -78,7 +86,7 @@ function picture(host, { label, height, draw, at, describe: told, activate = nul
 
   /** The next item in a direction: the first that is met on the way from the middle of this one, or from its corner. */
   function beyond([right, down]) {
-    if (!current) return at(1, 1) ?? first();
+    if (!current) return first();
     const { x: left, y: top, w, h } = current;
     for (const part of [0.5, 0.1]) {
       let x = right ? left + (right > 0 ? w + 1 : -1) : left + w * part;

@@ -77,12 +77,15 @@ function strip(tensors) {
     if (!bar) return null;
     // Small tensors are thinner than a pointer: the first that reaches the pixel is taken, the smallest before others.
     let best = null;
+    let [start, end] = [bar.x, bar.x + bar.w]; // of what lies between two tensors
     for (const piece of bar.file.pieces) {
       const [from, size] = extent(bar, piece);
+      if (from + size <= x) start = Math.max(start, from + size);
+      else if (from > x) end = Math.min(end, from);
       if (x < from - 1 || x > from + Math.max(size, 1) + (size < 3 ? 1 : 0)) continue;
       if (best === null || size < best[1]) best = [from, size, piece];
     }
-    if (!best) return { id: bar.file.name, bar, piece: null, x: bar.x, y: bar.y, w: bar.w, h: bar.h };
+    if (!best) return { id: `${bar.file.name} ${start}`, bar, piece: null, x: start, y: bar.y, w: end - start, h: bar.h };
     const [from, size, piece] = best;
     return { id: `${piece.tensor} ${bar.file.name} ${piece.offset}`, bar, piece, x: from, y: bar.y, w: Math.max(size, 2), h: bar.h };
   }

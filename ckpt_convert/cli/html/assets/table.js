@@ -14,7 +14,7 @@ function table(host, { label, columns, count, search = null, summary = null, ord
   let rows = all;
   let extra = null;
   let sorting = order;
-  const box = el("input", { type: "search", placeholder: "part of a key, or a glob: layers.*.q_proj", "aria-label": `Search ${label}`, spellcheck: "false", autocomplete: "off", input: refresh });
+  const box = el("input", { type: "search", placeholder: "part of a key, or layers.*.q_proj", "aria-label": `Search ${label}`, spellcheck: "false", autocomplete: "off", input: refresh });
   const output = el("output", { "aria-live": "polite" });
   const heads = columns.map((column, at) => head(column, at));
   const width = columns.reduce((sum, column) => sum + column.width, 0);
@@ -22,8 +22,10 @@ function table(host, { label, columns, count, search = null, summary = null, ord
   const inner = el("table", { "aria-label": label }, el("colgroup", {}, ...columns.map(col)), el("thead", {}, el("tr", {}, ...heads)), body);
   inner.style.minWidth = `${width}px`;
   const scroller = el("div", { class: "scroller", tabindex: "0", role: "region", "aria-label": label, scroll: show }, inner);
+  const frame = el("div", { class: "frame" }, scroller, el("span", { class: "more", "aria-hidden": "true" }, "›"));
   host.classList.add("table");
-  host.replaceChildren(search ? el("div", { class: "search" }, box, output) : "", scroller);
+  host.replaceChildren(search ? el("div", { class: "search" }, box, output) : "", frame);
+  new ResizeObserver(hint).observe(scroller);
 
   function col(column) {
     const element = el("col", {});
@@ -76,7 +78,13 @@ function table(host, { label, columns, count, search = null, summary = null, ord
     return row;
   }
 
+  /** More columns to the right are hinted at: a phone shows no scroll bar. */
+  function hint() {
+    frame.classList.toggle("wider", scroller.scrollWidth - scroller.clientWidth - scroller.scrollLeft > 2);
+  }
+
   function show() {
+    hint();
     const view = Math.min(tall, rows.length * ROW + ROW + 2);
     const full = rows.length * ROW;
     const height = Math.min(full, MOST_HEIGHT);
