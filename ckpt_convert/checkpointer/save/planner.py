@@ -280,7 +280,7 @@ class SavePlanner:
         if state is None:
             return None
         if self.ranks is not None and self._state_claims is not None:
-            return share(state, self.ranks.rank, self.ranks.count, self._state_claims)
+            return share(state, self.ranks, self._state_claims)
         return {name: SerializedState(one.skeleton, _local(one.tensors)) for name, one in state.items()}
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:

@@ -1,7 +1,8 @@
 """The training state of a run of several ranks: one directory of torch.distributed.checkpoint that all of them write.
 
 Each writes what it owns of the tensors of the optimizer, as the boxes that they are, and what only it has: its random
-numbers and its place in the data. The first one writes the description and the metadata of all of it.
+numbers, its place in the data, and whatever else is not the same on all of them, such as an object of the user that
+counts what this rank has seen. The first one writes the description and the metadata of all of it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ from math import prod
 from typing import Any
 
 import torch
+import xxhash
+from torch.distributed.tensor import DTensor
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned
-from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
+from ckpt_convert.checkpointer.live.selection import MODEL
 from ckpt_convert.checkpointer.state import dcp_files, rng, stages
 from ckpt_convert.checkpointer.state.dcp_files import Piece
 from ckpt_convert.checkpointer.state.serialize import SerializedState
 from ckpt_convert.checkpointer.state.training_state import (
     DESCRIPTION,
+    GRADIENTS,
     OPTIMIZER,
     RNG,
     SHARED_VERSION,
@@ -73,21 +78,59 @@ class SharedState:
         return [*ranks, dcp_files.data_name(0, 1), DCP_INDEX]
 
 
-def share(state: Mapping[str, SerializedState], rank: int, count: int, claims: Claims) -> SharedState:
+def share(state: Mapping[str, SerializedState], ranks: Ranks, claims: Claims) -> SharedState:
     """Find out which rank writes what of a state; all ranks ask at the same time."""
-    own = {name for name in state if is_of_each_rank(name)}
+    apart = _differences(state, ranks)
+    own = {name for name in state if is_of_each_rank(name) or name in apart}
     tensors: dict[str, torch.Tensor] = {}
-    for name, packed in state.items():
-        prefix = prefix_of(name, rank if name in own else None)
-        tensors |= {prefix + at: tensor for at, tensor in packed.tensors.items()}
-    skeletons = {name: packed.skeleton for name, packed in state.items()}
+    for name, one in state.items():
+        for at, tensor in one.tensors.items():
+            is_own = is_of_each_rank(name) or at in apart.get(name, ())
+            tensors[prefix_of(name, ranks.rank if is_own else None) + at] = tensor
+    skeletons = {name: one.skeleton for name, one in state.items()}
     return SharedState(
-        rank,
-        count,
+        ranks.rank,
+        ranks.count,
         {name: one for name, one in skeletons.items() if name not in own},
         {name: one for name, one in skeletons.items() if name in own},
         claims.of(tensors),
     )
+
+
+def _differences(state: Mapping[str, SerializedState], ranks: Ranks) -> dict[str, list[str]]:
+    """The parts of a state that are not the same on all ranks, each with its tensors that are not.
+
+    Optimizers are put together by the names of parameters, and what is split over processes is one tensor for all.
+    """
+    digests = {
+        name: {"": digest(json.dumps(one.skeleton, sort_keys=True).encode())}
+        | {at: _digest(tensor) for at, tensor in one.tensors.items() if not isinstance(tensor, DTensor)}
+        for name, one in state.items()
+        if not is_of_each_rank(name) and name not in (OPTIMIZER, MODEL)
+    }
+    mine = json.dumps(digests, sort_keys=True).encode()
+    what = "comparing the state of the ranks"
+    if ranks.round(what, digest(mine).encode, lambda said: [b"same" if len(set(said)) == 1 else b"other"]) == b"same":
+        return {}
+    found: dict[str, list[str]] = unpacked(ranks.round(what, lambda: packed(digests), _compared))
+    return found
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A checksum of the values of a tensor."""
+    values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_64_hexdigest(values.numpy().data)
+
+
+def _compared(every: Sequence[bytes]) -> list[bytes]:
+    found: dict[str, list[str]] = {}
+    digests = [unpacked(one) for one in every]
+    for name in dict.fromkeys(name for one in digests for name in one):
+        parts = [one.get(name, {}) for one in digests]
+        if any(part != parts[0] for part in parts):
+            places = dict.fromkeys(at for part in parts for at in part if at)
+            found[name] = [at for at in places if len({part.get(at) for part in parts}) > 1]
+    return [packed(found)]
 
 
 def make_files(folder: Folder, count: int) -> None:
@@ -167,8 +210,12 @@ def open_for(step: Place, ranks: Ranks | None, elsewhere: Collection[str] = ()) 
 
     What the optimizers have for the parameters that are ``elsewhere``, on other ranks, is left out.
     """
-    state = open_state(step / TRAINING_STATE).of_rank(0 if ranks is None else ranks.rank, _count(ranks))
-    return state.without_parameters(elsewhere)
+    state = open_state(step / TRAINING_STATE)
+    if is_of_others(state, ranks) and (ranks is None or ranks.is_first):
+        for name in sorted({name for own in state.ranks for name in own if not is_of_each_rank(name)}):
+            left = "they are left out" if name == GRADIENTS else "all go on with that of the first one"
+            log.warning("%s: was not the same on the %d processes that saved it; %s", name, state.written_by, left)
+    return state.of_rank(0 if ranks is None else ranks.rank, _count(ranks)).without_parameters(elsewhere)
 
 
 def is_of_others(state: StateReader, ranks: Ranks | None) -> bool:

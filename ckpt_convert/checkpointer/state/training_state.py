@@ -48,6 +48,9 @@ OPTIMIZER = "optimizer"
 RNG = "rng"
 """The part with the random numbers."""
 
+GRADIENTS = "gradients"
+"""The part with the gradients of an update that is not complete yet."""
+
 Files = dict[str, dict[str, Any]]
 
 Like = Callable[[str, tuple[int, ...]], "torch.Tensor | None"]
@@ -130,14 +133,15 @@ class StateReader:
     def of_rank(self, rank: int, count: int) -> StateReader:
         """The state as one of so many ranks goes on with it: with what the same rank of as many had of its own.
 
-        After another number of ranks that is the place in the data of the first one, and no random numbers.
+        After another number of ranks that is what the first one had, without its random numbers and gradients.
         """
         if self.parts is None:
             return self
         if self.written_by == count:
             return self._with_own(rank if self.ranks else None)
         found = self.of_first()
-        return replace(found, parts=tuple(name for name in found.parts or () if name != RNG))
+        left = {RNG} | ({GRADIENTS} & {name for own in self.ranks for name in own})
+        return replace(found, parts=tuple(name for name in found.parts or () if name not in left))
 
     def of_first(self) -> StateReader:
         """The state as the first of the ranks had it that wrote it."""
@@ -172,7 +176,7 @@ class StateReader:
     def _part(self, name: str, like: Like | None) -> Any:
         skeleton = self._skeletons[name]
         if isinstance(skeleton, _OfRank):
-            return self._tree(skeleton.skeleton, prefix_of(name, skeleton.rank))
+            return self._tree(skeleton.skeleton, prefix_of(name), like, prefix_of(name, skeleton.rank))
         return self._tree(skeleton, prefix_of(name), like)
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -207,7 +211,9 @@ class StateReader:
                     to.copy_(from_)
         return out
 
-    def _tree(self, skeleton: Any, prefix: str, like: Like | None = None) -> Any:
+    def _tree(self, skeleton: Any, prefix: str, like: Like | None = None, own: str | None = None) -> Any:
+        """The tree of a description; ``own`` is the prefix of what one rank has of its own, ``prefix`` of the rest."""
+
         def tensor(key: str) -> torch.Tensor:
             split = like(key, self.shape(key)) if like is not None else None
             if split is None:
@@ -217,7 +223,10 @@ class StateReader:
             )
 
         try:
-            tensors = {at: tensor(prefix + at) for at in tensor_keys(skeleton)}
+            tensors = {
+                at: tensor(own + at if own is not None and own + at in self.tensors else prefix + at)
+                for at in tensor_keys(skeleton)
+            }
             return rebuild(skeleton, tensors)
         except CorruptFileError as error:
             raise CorruptFileError(f"{self.place}: {error}") from error
