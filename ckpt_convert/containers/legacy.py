@@ -51,17 +51,18 @@ def parse(reader: RangeReader, *, foreign: bool = False) -> Header:
 
 def _pickles(reader: RangeReader, foreign: bool) -> tuple[list[LoadedPickle], int]:
     """The pickles, and the offset of the storages; the window is doubled until it contains all pickles."""
-    window = min(reader.size, _WINDOW)
-    (first,), _ = torchpickle.load_row(reader.name, read_range(reader, 0, window), 1)
+    data = read_range(reader, 0, min(reader.size, _WINDOW))
+    (first,), _ = torchpickle.load_row(reader.name, data, 1)
     if first.value != _MAGIC:
         raise CorruptFileError(f"{reader.name}: is a pickle, but none that torch.save wrote, so it is no checkpoint")
     while True:
         try:
-            return torchpickle.load_row(reader.name, read_range(reader, 0, window), _PICKLES, foreign=foreign)
+            return torchpickle.load_row(reader.name, data, _PICKLES, foreign=foreign)
         except CorruptFileError:
-            if window == min(reader.size, _MAX_WINDOW):
+            more = min(reader.size, _MAX_WINDOW, 2 * len(data)) - len(data)
+            if more == 0:
                 raise
-            window = min(reader.size, _MAX_WINDOW, 2 * window)
+            data += read_range(reader, len(data), more)
 
 
 def _starts(reader: RangeReader, root: LoadedPickle, keys: object, position: int) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 from collections.abc import Mapping
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import save
 
 import ckpt_convert
-from ckpt_convert import CheckpointNotFoundError, UnreadableError
+from ckpt_convert import CheckpointNotFoundError, TransferProgress, UnreadableError
 from ckpt_convert.checkpoint.locate import locate_checkpoint
 from ckpt_convert.models.core.table import FORMATS
 from tests.checkpointer.training import make_model
 from tests.command import run
-from tests.helpers import GOLDEN, sums
+from tests.helpers import GOLDEN, read_safetensors, sums
 from tests.servers.http import Answer, Request
 from tests.servers.hub import FakeHub
 from tests.servers.web import WebServer
@@ -85,6 +86,16 @@ class TestOnTheWeb:
         }
         result = ckpt_convert.diff_checkpoints(f"{models}/out", HF)
         assert result.same
+
+    def test_a_torch_file_from_before_zip_is_read_by_ranges_too(
+        self, models: str, web: WebServer, tmp_path: Path
+    ) -> None:
+        buffer = io.BytesIO()
+        torch.save(read_safetensors(HF), buffer, _use_new_zipfile_serialization=False)
+        web.files |= {"m/old/pytorch_model.bin": buffer.getvalue(), "m/old/config.json": web.files["m/hf/config.json"]}
+        ckpt_convert.convert_checkpoint(f"{models}/old", tmp_path / "out", to="hf", like=HF)
+        assert sums(tmp_path / "out") == sums(HF)
+        assert web.log.sent() < 2.5 * len(buffer.getvalue())
 
     def test_one_file_with_the_config_beside_it(self, models: str) -> None:
         with ckpt_convert.open_checkpoint(f"{models}/hf/model-00001-of-00004.safetensors") as checkpoint:
@@ -173,6 +184,26 @@ class TestOnTheHub:
             ckpt_convert.verify_checkpoint("hf://org/name", values=False)
         kinds = hub.log.kinds()
         assert (kinds["api"], kinds["cdn"]) == (1, 12)
+
+    def test_a_conversion_asks_for_a_file_once(self, repository: FakeHub, tmp_path: Path) -> None:
+        ckpt_convert.convert_checkpoint("hf://org/name", tmp_path / "out", to="native", verify=True)
+        asked = [one.name for one in repository.log.all("resolve")]
+        assert len(asked) == len(set(asked))
+
+    @pytest.mark.parametrize("place", ["hub", "web"])
+    def test_a_conversion_is_resumed(self, place: str, models: str, repository: FakeHub, tmp_path: Path) -> None:
+        source = "hf://org/name" if place == "hub" else f"{models}/hf"
+
+        def stop(progress: TransferProgress) -> None:
+            if progress.done > 200_000:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", progress=stop, workers=1)
+        repository.log.clear()
+        ckpt_convert.convert_checkpoint(source, tmp_path / "out", to="meta", resume=True)
+        ckpt_convert.convert_checkpoint(HF, tmp_path / "expected", to="meta")
+        assert sums(tmp_path / "out") == sums(tmp_path / "expected")
 
     def test_a_file_and_a_config_of_a_repository(self, repository: FakeHub) -> None:
         name = "hf://org/name/model-00001-of-00004.safetensors"

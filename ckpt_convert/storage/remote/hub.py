@@ -16,6 +16,9 @@ from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
 from ckpt_convert.storage.remote.http import PATIENCE, Answer, HttpClient, PassingError, Patience
 from ckpt_convert.storage.remote.ranges import HttpRanges, plain_etag
 
+_KEPT = 1 << 18
+"""Bytes of a file that is kept once it has been read."""
+
 _MOST_FACTS = 1 << 28
 """Bytes of what the Hub says of a repository; its largest have a few thousand files."""
 
@@ -50,7 +53,14 @@ class HubStore(ObjectStore):
         ranges = HttpRanges(
             self._client, url, self.label(name), found, _linked_etag, hub_headers, partial(_refused, self.repo)
         )
-        return ObjectFile(called or self.label(name), found, ranges.fetch)
+        fetch = partial(self._fetch_kept, name, ranges) if found.size <= _KEPT else ranges.fetch
+        return ObjectFile(called or self.label(name), found, fetch)
+
+    def _fetch_kept(self, name: str, ranges: HttpRanges, offset: int, nbytes: int) -> memoryview:
+        """A range of a small file, which is fetched whole and once: configs and indexes are read several times."""
+        if name not in self._kept:
+            self._kept[name] = ranges.fetch(0, ranges.identity.size)
+        return self._kept[name][offset : offset + nbytes]
 
     def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
         self._refuse_writing(name)
@@ -69,12 +79,17 @@ class HubStore(ObjectStore):
         raise UsageError(f"{self.label(name)}: write to a directory, and upload that with `hf upload`")
 
     @cached_property
+    def _kept(self) -> dict[str, memoryview]:
+        """Small files, by name: what a commit has never changes."""
+        return {}
+
+    @cached_property
     def _client(self) -> HttpClient:
         return HttpClient(self.patience)
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process has a client of its own."""
-        return {name: value for name, value in vars(self).items() if name != "_client"}
+        return {name: value for name, value in vars(self).items() if name not in ("_client", "_kept")}
 
 
 def open_repository(label: str, repo: str, revision: str | None, patience: Patience = PATIENCE) -> HubStore:
