@@ -4,7 +4,8 @@ The model is Llama 3.1 405B or DeepSeek-V3, its headers those of a sparse checkp
 over a fake process group, which sends nothing: a rank's slices are real tensors that nobody has touched, so they take
 address space and no memory. One rank of the run is measured, the middle one, as it plans its first and second save; and
 rank 0, which divides what all ranks say they hold and proves that every element is written once. What the other ranks
-say is worked out from their coordinates. No slices are exchanged (writers="direct"): that would move the values.
+say is worked out from their coordinates. Which tensors are exchanged is decided as if all ranks had the short runs that
+this one has.
 
 python benchmarks/scale.py --write
 """
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,8 +138,9 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
 
     from ckpt_convert.checkpoint.checkpoint import identified_of, open_checkpoint
     from ckpt_convert.checkpointer.distributed.claims import Claims
+    from ckpt_convert.checkpointer.distributed.ranks import packed
     from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
-    from ckpt_convert.convert.partition import runs
+    from ckpt_convert.convert.sharing import exchanged_tensors, owned_ranges, tensors_of_bits
 
     world = math.prod(sizes)
     rank = world // 2
@@ -148,25 +149,27 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     resident = peak()
     talk = Talk(rank, world, model.said)
     settings = Settings("weights", None, None, "hf")
-    planner = SavePlanner(identified_of(open_checkpoint(path)), settings, writers="direct")
+    planner = SavePlanner(identified_of(open_checkpoint(path)), settings)
     planner.ranks, planner._claims = talk, Claims(talk)  # type: ignore[assignment, arg-type]
     found: dict[str, Any] = {"tensors": len(model.tensors)}
     for name in ("first", "second"):
         talk.decided = talk.simulated = 0.0
         talk.sent = 0
         before = time.process_time()
-        weights = planner.prepare_save(model.tensors, None, settings, None)(dict, {}).weights
-        assert weights is not None
-        mine = runs(weights.plan.files, partial(_owns, weights.plan.elsewhere))
+        step = planner.prepare_save(model.tensors, None, settings, None)(dict, {})
+        assert step.weights is not None
+        assert step.own is not None
+        files = step.weights.plan.files
+        short = step.own.short_runs(files)
+        exchanged = tensors_of_bits(files, exchanged_tensors([short]))
+        mine = step.own.runs(files, exchanged)
+        owned = owned_ranges(files, exchanged, world)[rank]
         found[f"{name} seconds"] = time.process_time() - before - talk.decided - talk.simulated
-        found[f"{name} sent"] = talk.sent
+        found[f"{name} sent"] = talk.sent + len(packed([hex(short.tensors), short.runs]))
         if name == "first":
-            found |= {"decided": talk.decided, "memory": peak() - resident, "runs": len(mine)}
+            found |= {"decided": talk.decided, "memory": peak() - resident, "runs": len(mine) + len(owned)}
+            found["exchanged"] = len(exchanged)
     return found
-
-
-def _owns(elsewhere: frozenset[int], source: int) -> bool:
-    return source not in elsewhere
 
 
 def peak() -> int:
@@ -177,10 +180,10 @@ def peak() -> int:
 def rows(work: Path, worlds: Sequence[int], names: Sequence[str]) -> Iterator[str]:
     """The table, line by line."""
     yield (
-        "| model | ranks | mesh | first plan | its memory | second plan | sent, first | sent, then | runs of bytes "
-        "| rank 0 divides |"
+        "| model | ranks | mesh | first plan | its memory | second plan | sent, first | sent, then | exchanged "
+        "| runs of bytes | rank 0 divides |"
     )
-    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     paths = {name: plans.prepare(work, [name])[name] for name in names}
     for name in names:
         for world in worlds:
@@ -193,7 +196,7 @@ def rows(work: Path, worlds: Sequence[int], names: Sequence[str]) -> Iterator[st
                     f"| {released.RELEASES[name].title} ({one['tensors']:,} tensors) | {world:,} "
                     f"| {KINDS[len(sizes)]}, {' × '.join(map(str, sizes))} | {one['first seconds']:.1f} s "
                     f"| {one['memory'] / 1e6:.0f} MB | {one['second seconds']:.2f} s | {one['first sent']} B "
-                    f"| {one['second sent']} B | {one['runs']:,} | {one['decided']:.1f} s |"
+                    f"| {one['second sent']} B | {one['exchanged']:,} | {one['runs']:,} | {one['decided']:.1f} s |"
                 )
 
 

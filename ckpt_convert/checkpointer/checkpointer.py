@@ -134,8 +134,8 @@ class Checkpointer:
             progress: called with ``TransferProgress`` values while weights are loaded or saved, on the first rank only.
             process_group: the ranks that save together, by default torch's default group where it is initialized;
                 "rank0" where this process alone makes a checkpointer, of a model of which it holds all.
-            writers: "direct" writes each rank's slices as they are; "exchange" first turns slices of columns into
-                slices of rows, among the ranks that share them; "auto" does that where their runs in a file are short.
+            writers: "direct" writes each rank's slices at their places; "exchange" sends them to the owners of ranges
+                of the files; "auto" does that with tensors of which ranks have many short runs, and on NFS and SMB.
 
         Raises:
             UsageError: options that do not fit, all in one message.

@@ -121,7 +121,7 @@ def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
         source.close()
         template = starting.open_template([saved], options, directory)
-        saver.planner = SavePlanner(template, options.settings, None, options.ranks, options.writers)
+        saver.planner = SavePlanner(template, options.settings, None, options.ranks)
 
 
 def load_step(

@@ -41,7 +41,7 @@ def open_run(arguments: Arguments, options: Options, *, save_first: bool) -> Sav
         save_best=options.save_best,
         several_clocks=options.ranks is not None,
     )
-    planner = SavePlanner(opened, options.settings, arguments.weights.adapter, options.ranks, options.writers)
+    planner = SavePlanner(opened, options.settings, arguments.weights.adapter, options.ranks)
     return Saver(options, planner, run, counts)
 
 

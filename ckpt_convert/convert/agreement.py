@@ -14,6 +14,7 @@ from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.convert.execute import count_nonzero, settle_originals
 from ckpt_convert.convert.partition import spans
 from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.sharing import OwnParts
 from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.errors import TiedWeightsError, UsageError
 from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
@@ -27,6 +28,11 @@ Spans = Sequence[tuple[int, int]]
 def owns(plan: Plan, source: int, first: bool) -> bool:
     """Whether a writer has what comes from a source: in its memory, or if it is the first one, in a file or zero."""
     return source not in plan.elsewhere if _is_in_memory(plan, source) else first
+
+
+def own_parts(plan: Plan, first: bool) -> OwnParts:
+    """What a writer has of the plan's files."""
+    return OwnParts(partial(owns, plan, first=first))
 
 
 def _is_in_memory(plan: Plan, source: int) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
+from math import prod
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
@@ -80,12 +81,18 @@ def partition_pieces(files: Sequence[OutputFile], count: int) -> list[list[Piece
     return runs
 
 
-def runs(files: Sequence[OutputFile], owns: Callable[[int], bool]) -> list[Piece]:
-    """The pieces of one of several writers: the longest ranges of each piece whose sources the writer owns.
+def runs(files: Sequence[OutputFile], pieces: Iterable[Piece], owns: Callable[[int], bool]) -> list[Piece]:
+    """What one of several writers has of these pieces: the longest ranges of each whose sources the writer owns.
 
     ``owns`` is called with the number of a source.
     """
-    return [run for piece in split_into_pieces(files) for run in _owned(files, piece, owns)]
+    return [run for piece in pieces for run in _owned(files, piece, owns)]
+
+
+def count_runs(tensor: LazyTensor, owns: Callable[[int], bool]) -> tuple[int, int]:
+    """How many runs of a tensor a writer owns, adjacent ones counted apart, and of how many elements in all."""
+    own = [tile.shape for tile in tensor.tiles if owns(tile.source)]
+    return sum(prod(_repeated(sizes, tensor.shape)) for sizes in own), sum(map(prod, own))
 
 
 def _owned(files: Sequence[OutputFile], piece: Piece, owns: Callable[[int], bool]) -> Iterator[Piece]:
@@ -113,15 +120,23 @@ def spans(tensor: LazyTensor, start: int, stop: int, owns: Callable[[int], bool]
 def _spans(tile: Tile, shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """The elements of a tile in a tensor of this shape, as the longest possible spans in row-major order."""
     strides, sizes = row_major_strides(shape), tile.shape
+    repeated = _repeated(sizes, shape)
+    length = sizes[len(repeated)] * strides[len(repeated)] if shape else 1
+    first = sum(at * stride for at, stride in zip(tile.origin, strides, strict=True))
+    for place in product(*map(range, repeated)):
+        at = first + sum(step * stride for step, stride in zip(place, strides, strict=False))
+        yield at, at + length
+
+
+def _repeated(sizes: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the outer axes of a box, along which its spans repeat.
+
+    A span covers the innermost axis on which the box is not the whole tensor, and all axes after it.
+    """
     inner = len(shape)
     while inner and sizes[inner - 1] == shape[inner - 1]:
         inner -= 1
-    inner = max(inner - 1, 0)  # a span covers the innermost partial axis and all axes after it
-    length = sizes[inner] * strides[inner] if shape else 1
-    first = sum(at * stride for at, stride in zip(tile.origin, strides, strict=True))
-    for place in product(*(range(size) for size in sizes[:inner])):
-        at = first + sum(step * stride for step, stride in zip(place, strides, strict=False))
-        yield at, at + length
+    return sizes[: max(inner - 1, 0)]
 
 
 def _joined(found: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -19,10 +19,11 @@ import torch
 import torch.distributed as dist
 
 from ckpt_convert import Checkpointer, CkptConvertError, UsageError
-from ckpt_convert.checkpointer.distributed import heartbeat, ranks
+from ckpt_convert.checkpointer.distributed import exchange, heartbeat, ranks
+from ckpt_convert.checkpointer.distributed.exchange import Exchange
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
-from ckpt_convert.storage import by_rename
+from ckpt_convert.convert import partition
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full, train_full_split
 from tests.checkpointer.training import LLAMA, make_model, trainable
@@ -30,6 +31,9 @@ from tests.helpers import sums
 
 SILENCE = 3.0
 """Seconds after which a rank is gone: long for the others, on a machine that does much else."""
+
+SMALL = 1 << 14
+"""Bytes of pieces that are small enough for several rounds."""
 
 HOST = socket.gethostname()
 
@@ -72,6 +76,9 @@ KILLED = {
     "after the manifest": Fault(0, shared, "complete", after=True),
     "before the rename": Fault(0, os, "rename"),
     "before the pointer": Fault(0, RunDirectory, "_published"),
+    "before an exchange": Fault(1, Exchange, "swap"),
+    "before it sends in an exchange": Fault(1, exchange, "fill_message"),
+    "between the rounds of an exchange": Fault(0, Exchange, "swap", after=True),
 }
 """When a rank is killed in a save."""
 
@@ -81,6 +88,8 @@ FAILED = {
     "broken": Fault(1, os, "pwrite", errno=errno.EIO),
     "broken at the end": Fault(1, os, "fsync", errno=errno.EIO),
     "broken for the first rank": Fault(0, os, "pwrite", errno=errno.EIO),
+    "full in an exchange": Fault(1, os, "pwrite", errno=errno.ENOSPC),
+    "broken between the rounds of an exchange": Fault(0, os, "pwrite", after=True, errno=errno.EIO),
 }
 """What goes wrong with the disk of one rank."""
 
@@ -122,10 +131,12 @@ def train_until(here: Path, source: Path, fault: str, asynchronous: bool) -> tup
     model = split(make_model(), "fsdp")
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     waited = 0.0
+    options: dict[str, Any] = {"writers": "exchange" if "exchange" in fault else "direct"}
     try:
         with (
             quick_hearts(),
-            Checkpointer(source, here / "out", save_every=1, asynchronous=asynchronous) as checkpointer,
+            mock.patch.object(partition, "PIECE", SMALL if "rounds" in fault else partition.PIECE),
+            Checkpointer(source, here / "out", save_every=1, asynchronous=asynchronous, **options) as checkpointer,
         ):
             checkpointer.load_model(model)
             checkpointer.register(model=model, optimizer=optimizer)
@@ -164,7 +175,7 @@ def test_a_rank_that_is_killed_in_a_save(
     pool: Pool, when: str, source: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     fault = KILLED[when]
-    ended = pool.run(train_until, tmp_path, source, when, when == "between two writes", world=3)
+    ended = pool.run(train_until, tmp_path, source, when, "between" in when, world=3)
     assert ended.pop(fault.rank) is None
     assert {text for text, _ in ended} == {f"CkptConvertError: {gone(fault.rank, 'the save of step_2')}"}
     assert all(SILENCE <= seconds < 3 * SILENCE for _, seconds in ended)
@@ -311,24 +322,3 @@ def test_options_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
     said = pool.run(differ, tmp_path)
     assert said[0] == said[1]
     assert "rank 1: save_every is every 3 steps, on rank 0 every 2 steps" in said[0]
-
-
-def register_on(here: Path, kind: str, machines: int) -> str | None:
-    """Ranks of so many machines on a file system of this type; what is raised."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(by_rename, "file_system_type", lambda _: kind)
-        patch.setattr(socket, "gethostname", lambda: f"machine{dist.get_rank() % machines}")
-        with Checkpointer(LLAMA, here / f"{kind}{machines}", save_every=1) as checkpointer:
-            try:
-                checkpointer.register(model=split(make_model(), "ddp"))
-            except UsageError as error:
-                return str(error)
-    return None
-
-
-def test_several_machines_are_refused_where_clients_cache_by_page(pool: Pool, tmp_path: Path) -> None:
-    said = pool.run(register_on, tmp_path, "nfs4", 2)
-    assert said[0] == said[1]
-    assert "is on nfs4, where the ranks of 2 machines would overwrite parts of each other's writes" in str(said[0])
-    assert pool.run(register_on, tmp_path, "nfs4", 1) == [None, None]
-    assert pool.run(register_on, tmp_path, "lustre", 2) == [None, None]

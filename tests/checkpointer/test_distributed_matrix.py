@@ -218,9 +218,11 @@ def split(model: nn.Module, case: Case) -> nn.Module:
     return model
 
 
-def train(out: Path, source: Path, config: Path, table: str, split: Callable[[nn.Module], nn.Module]) -> None:
+def train(
+    out: Path, source: Path, config: Path, table: str, split: Callable[[nn.Module], nn.Module], writers: str = "auto"
+) -> None:
     """Load, and save two steps: what was loaded, and what an optimizer has made of it."""
-    options: dict[str, Any] = {"model_format": MODEL_FORMATS[table], "save_every": 1}
+    options: dict[str, Any] = {"model_format": MODEL_FORMATS[table], "save_every": 1, "writers": writers}
     with Checkpointer(
         source, out, config=config if source.name.endswith("native") else None, **options
     ) as checkpointer:
@@ -234,8 +236,8 @@ def train(out: Path, source: Path, config: Path, table: str, split: Callable[[nn
         checkpointer.step()
 
 
-def train_split(here: Path, source: Path, config: Path, case: Case) -> None:
-    train(here / "out", source, config, TABLES[case.family, case.format], lambda model: split(model, case))
+def train_split(here: Path, source: Path, config: Path, case: Case, writers: str) -> None:
+    train(here / "out", source, config, TABLES[case.family, case.format], lambda model: split(model, case), writers)
 
 
 def files_of(step: Path) -> tuple[dict[str, str], Any]:
@@ -244,8 +246,11 @@ def files_of(step: Path) -> tuple[dict[str, str], Any]:
     return found, json.loads((step / MANIFEST).read_text())["files"]
 
 
+Alone = Callable[[str, str], list[Any]]
+
+
 @pytest.fixture(scope="module")
-def alone(source_of: Sources, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], list[Any]]:
+def alone(source_of: Sources, tmp_path_factory: pytest.TempPathFactory) -> Alone:
     """Gives the files of the steps of one process; each run is made once."""
     known: dict[tuple[str, str], list[Any]] = {}
 
@@ -262,17 +267,31 @@ def alone(source_of: Sources, tmp_path_factory: pytest.TempPathFactory) -> Calla
     return files
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in [*OTHERS, *LARGE])],
-    ids=lambda case: f"{case.world}-{case.mesh}-{case.format}-{case.family}",
-)
+def chosen(quick: list[Case], slow: list[Case]) -> pytest.MarkDecorator:
+    cases = [*quick, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+    return pytest.mark.parametrize(
+        "case", cases, ids=lambda case: f"{case.world}-{case.mesh}-{case.format}-{case.family}"
+    )
+
+
+@chosen(QUICK, [*OTHERS, *LARGE])
 def test_the_files_are_those_of_one_process(
-    pool: Pool, case: Case, source_of: Sources, alone: Callable[[str, str], list[Any]], tmp_path: Path
+    pool: Pool, case: Case, source_of: Sources, alone: Alone, tmp_path: Path
 ) -> None:
+    check(pool, case, source_of, alone, tmp_path, "direct")
+
+
+@chosen([case for case in QUICK if case.world == 4], [case for case in [*QUICK, *OTHERS, *LARGE] if case.world > 1])
+def test_the_files_are_the_same_where_slices_are_exchanged(
+    pool: Pool, case: Case, source_of: Sources, alone: Alone, tmp_path: Path
+) -> None:
+    check(pool, case, source_of, alone, tmp_path, "exchange")
+
+
+def check(pool: Pool, case: Case, source_of: Sources, alone: Alone, tmp_path: Path, writers: str) -> None:
     table = TABLES[case.family, case.format]
     source, config = source_of(table, case.format), source_of(table, "hf") / "config.json"
-    pool.run(train_split, tmp_path, source, config, case, world=case.world)
+    pool.run(train_split, tmp_path, source, config, case, writers, world=case.world)
     found = [files_of(tmp_path / "out" / f"step_{step}") for step in (1, 2)]
     assert found == alone(table, case.format)
     assert sums(source).items() <= found[0][0].items()

@@ -75,13 +75,6 @@ def test_every_mesh(pool: Pool, how: str, tmp_path: Path) -> None:
     check(tmp_path, LLAMA)
 
 
-@pytest.mark.parametrize("writers", ["direct", "exchange"])
-def test_slices_of_columns(pool: Pool, writers: str, tmp_path: Path) -> None:
-    """As they are, many short runs; or exchanged for rows, with the same files."""
-    pool.run(train_split, tmp_path, "tp", LLAMA, {"writers": writers}, world=4)
-    check(tmp_path, LLAMA)
-
-
 @pytest.mark.parametrize("name", ["meta-mp1", "meta-mp2", "meta-mp4", "native.safetensors", "torchtitan.safetensors"])
 def test_every_format(pool: Pool, name: str, tmp_path: Path) -> None:
     """RoPE layouts change, and Meta's ranks cut what other processes hold."""
@@ -97,7 +90,7 @@ def test_another_format(pool: Pool, output: str, tmp_path: Path) -> None:
     check(tmp_path, LLAMA, **options)
 
 
-def save_slices(here: Path, source: Path, model_format: Any) -> None:
+def save_slices(here: Path, source: Path, model_format: Any, writers: Any = "auto") -> None:
     """Save a state dict whose tensors are split in all ways that a mesh of 2 x 2 has, one after another."""
     mesh = init_device_mesh("cpu", (2, 2))
     whole = Checkpointer(source).load_state_dict(model_format)
@@ -107,7 +100,8 @@ def save_slices(here: Path, source: Path, model_format: Any) -> None:
         kinds = [Replicate(), *map(Shard, dims)]
         placements = [kinds[number % len(kinds)], kinds[number // len(kinds) % len(kinds)]]
         model[key] = distribute_tensor(tensor, mesh, placements, src_data_rank=None)
-    with Checkpointer(source, here / "out", model_format=model_format, contents="weights") as checkpointer:
+    options: dict[str, Any] = {"model_format": model_format, "contents": "weights", "writers": writers}
+    with Checkpointer(source, here / "out", **options) as checkpointer:
         checkpointer.register(model=model)
         checkpointer.save()
 

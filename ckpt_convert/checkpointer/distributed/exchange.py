@@ -1,58 +1,211 @@
-"""Turning slices of columns into slices of rows before a save: a rank then writes long runs of bytes.
+"""The exchange of slices before they are written: ranges of files whose parts several ranks have get one owner each.
 
-Files have tensors row by row, so what a rank has of columns is as many short runs as there are rows: it would write
-them one by one. The ranks that share rows exchange them once, over the mesh of the tensor, in the training's thread.
+Ranks send what they have to the owners in rounds, in each of which an owner puts together at most as much as a piece
+has: so a rank needs memory for what it sends, what arrives, and what it puts together. They talk over connections of
+their own (gloo), never over the training's groups, so all of it may be done by a thread behind the training.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from math import prod
-from typing import Literal, cast
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch.distributed.tensor import DTensor, Placement, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
+import torch.distributed as dist
 
-from ckpt_convert.checkpointer.distributed.slices import local_of
+from ckpt_convert.checkpointer.distributed import ranks as talk
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.convert import partition
+from ckpt_convert.convert.boxes import Bytes, boxes_of, fill_message, message_size, place_message
+from ckpt_convert.convert.execute import FinishedPiece, PieceOutput
+from ckpt_convert.convert.partition import Piece
+from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.sharing import Owns
+from ckpt_convert.convert.sources import NumberedTensors, Sources
+from ckpt_convert.errors import CkptConvertError
+from ckpt_convert.storage.checksums import CRC32, CRC64
+from ckpt_convert.tensors.blocks import BlockReader
+from ckpt_convert.tensors.progress import ProgressCounter
 
 Writers = Literal["auto", "direct", "exchange"]
 
-SHORT = 1 << 16
-"""Bytes of a run that is worth to be written by itself."""
+
+class BrokenExchangeError(CkptConvertError):
+    """A connection was lost: what ended it, or what failed there, is for another rank to say."""
 
 
-@torch.no_grad()
-def exchanged(tensors: Mapping[str, torch.Tensor], writers: Writers) -> dict[str, torch.Tensor]:
-    """The tensors as they are written: those that are split by columns split by rows, with the same values.
+class Exchange:
+    """Connections to the other ranks, which are made with the first exchange, and again after a save that failed."""
 
-    "direct" exchanges nothing, "exchange" all of these, and "auto" those whose runs are short. It is called by all
-    ranks, for the same tensors in one order.
+    def __init__(self, ranks: Ranks) -> None:
+        self.ranks = ranks
+        self._group: Any = None
+        self._saves = 0
+
+    @contextlib.contextmanager
+    def one_save(self) -> Iterator[None]:
+        """A save, which all ranks begin together; where it fails, all close their connections."""
+        self._saves += 1
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connections, so that no rank waits for this one."""
+        self._group = None
+
+    def swap(self, sizes: Sequence[int], fill: Callable[[int, Bytes], None], take: Callable[[Bytes], None]) -> None:
+        """Send each rank a message of its size, and take those that arrive, this rank's own among them.
+
+        ``fill`` is called with a rank and the memory of its message. Raises BrokenExchangeError where a rank has ended.
+        """
+        own, count = self.ranks.rank, self.ranks.count
+        arriving = self._sizes([0 if rank == own else size for rank, size in enumerate(sizes)])
+        memory = np.empty(sum(arriving), np.uint8)
+        parts = np.split(memory, np.cumsum(arriving)[:-1])
+        waiting = [self._begin("recv", part, rank) for rank, part in enumerate(parts) if len(part)]
+        try:
+            message = np.empty(max(sizes), np.uint8)
+            for rank in (*range(own + 1, count), *range(own)):  # not all of them to one rank at once
+                if sizes[rank]:
+                    fill(rank, message[: sizes[rank]])
+                    self._end(self._begin("send", message[: sizes[rank]], rank))
+            if sizes[own]:
+                fill(own, message[: sizes[own]])
+                take(message[: sizes[own]])
+            while waiting:
+                self._end(waiting.pop())
+        finally:
+            waiting.clear()  # what is under way keeps the connections open
+        for part in parts:
+            if len(part):
+                take(part)
+
+    def _sizes(self, sending: Sequence[int]) -> list[int]:
+        """The sizes of the messages that every rank sends this one, given those that it sends."""
+        with _broken_off():
+            out = torch.tensor(sending, dtype=torch.int64)
+            found = torch.empty_like(out)
+            self._connected().alltoall_base(found, out, [], []).wait()
+        return [int(size) for size in found.tolist()]
+
+    def _begin(self, what: Literal["send", "recv"], data: Bytes, rank: int) -> Any:
+        with _broken_off():
+            return getattr(self._connected(), what)([torch.from_numpy(data)], rank, 0)
+
+    def _end(self, work: Any) -> None:
+        try:
+            with _broken_off():
+                work.wait()
+        finally:
+            del work  # the error's traceback would keep it
+
+    def _connected(self) -> Any:
+        if self._group is None:
+            # A store that waits would keep the training from using it: the connections get their own.
+            prefix = f"{self.ranks.root}/exchange/{self._saves}"
+            store = dist.distributed_c10d.PrefixStore(prefix, talk.store_of_group().clone())
+            limit = timedelta(seconds=talk.DEADLINE)
+            self._group = dist.ProcessGroupGloo(store, self.ranks.rank, self.ranks.count, limit)
+        return self._group
+
+
+@contextlib.contextmanager
+def _broken_off() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).split("] ", 1)[-1].partition(". ")[0]
+        raise BrokenExchangeError(f"the exchange of slices was broken off by another rank ({said})") from None
+
+
+def write_exchanged(
+    exchange: Exchange,
+    plan: Plan,
+    sources: Sources,
+    output: PieceOutput,
+    owns: Owns,
+    ranges: Sequence[Sequence[Piece]],
+    counter: ProgressCounter,
+) -> list[FinishedPiece]:
+    """Write the pieces that this rank owns, of the ``ranges`` of each rank, while all others do the same.
+
+    Returns them, and what this rank's casts made infinite in those of others, as pieces of no bytes.
     """
-    return {key: _by_rows(one) if _is_exchanged(one, writers) else one for key, one in tensors.items()}
+    assembly = _Assembly(exchange, plan, sources, output, owns, counter)
+    rounds = [_rounds(pieces) for pieces in ranges]
+    try:
+        for number in range(max(map(len, rounds))):
+            assembly.round([pieces[number] if number < len(pieces) else [] for pieces in rounds])
+    except BaseException:
+        exchange.close()  # at once: the others are waiting for this rank
+        raise
+    return assembly.done
 
 
-def _is_exchanged(tensor: torch.Tensor, writers: Writers) -> bool:
-    """Whether a tensor is split by columns, in a way that its mesh can change; the same on all of its ranks."""
-    if writers == "direct" or not isinstance(tensor, DTensor) or tensor.dim() < 2:
-        return False
-    kinds = tensor.placements
-    if any(isinstance(one, _StridedShard) for one in kinds) or not any(_is_by_columns(one) for one in kinds):
-        return False
-    ways = prod(size for size, one in zip(tensor.device_mesh.shape, kinds, strict=True) if isinstance(one, Shard))
-    columns = [size for size, one in zip(tensor.device_mesh.shape, kinds, strict=True) if _is_by_columns(one)]
-    run = prod(tensor.shape[1:]) * tensor.element_size() // prod(columns)
-    return tensor.shape[0] >= ways and (writers == "exchange" or run < SHORT)
+def _rounds(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces in groups of at most PIECE bytes."""
+    rounds: list[list[Piece]] = []
+    left = 0
+    for piece in pieces:
+        if piece.nbytes > left:
+            rounds.append([])
+            left = partition.PIECE
+        rounds[-1].append(piece)
+        left -= piece.nbytes
+    return rounds
 
 
-def _is_by_columns(placement: Placement) -> bool:
-    return isinstance(placement, Shard) and placement.dim > 0
+class _Assembly:
+    """Putting together, and writing, what this rank owns, round by round."""
 
+    def __init__(
+        self,
+        exchange: Exchange,
+        plan: Plan,
+        sources: Sources,
+        output: PieceOutput,
+        owns: Owns,
+        counter: ProgressCounter,
+    ) -> None:
+        self.done: list[FinishedPiece] = []
+        self._exchange, self._plan, self._output, self._owns, self._counter = exchange, plan, output, owns, counter
+        self._reader = BlockReader(NumberedTensors(plan, sources))
 
-def _by_rows(tensor: torch.Tensor) -> torch.Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placements = [Shard(0) if _is_by_columns(one) else one for one in tensor.placements]
-    found = cast(DTensor, tensor.detach()).redistribute(placements=placements)
-    local_of(found)  # it is there once the exchange is over
-    return found
+    def round(self, pieces: Sequence[Sequence[Piece]]) -> None:
+        """Exchange, and write, the pieces of each owner."""
+        boxes = [boxes_of(self._plan.files, own, self._owns) for own in pieces]
+        mine = pieces[self._exchange.ranks.rank]
+        memory = np.empty(sum(piece.nbytes for piece in mine), np.uint8)
+        placed = 0
+
+        def fill(rank: int, message: Bytes) -> None:
+            for piece, overflowed in fill_message(boxes[rank], self._reader, message):
+                if overflowed:
+                    nothing = piece._replace(nbytes=0, stop=piece.start)
+                    self.done.append(FinishedPiece(nothing, 0, 0, overflowed))
+
+        def take(message: Bytes) -> None:
+            nonlocal placed
+            placed += place_message(message, memory)
+
+        self._exchange.swap([message_size(own) for own in boxes], fill, take)
+        if placed != len(memory):
+            raise CkptConvertError(f"{placed:,} bytes arrived of a range of {len(memory):,}")
+        self._write(mine, memory)
+
+    def _write(self, pieces: Sequence[Piece], memory: Bytes) -> None:
+        at = 0
+        for piece in pieces:
+            data, file = memory[at : at + piece.nbytes].data, self._output.file(piece.file)
+            file.write(piece.offset, data)
+            file.start_writeback(piece.offset, piece.nbytes)
+            has_crc = self._plan.files[piece.file].layout.header.checksummed
+            self.done.append(FinishedPiece(piece, CRC64.of(data, 0), CRC32.of(data, 0) if has_crc else 0))
+            self._counter.add(piece.nbytes)
+            at += piece.nbytes

@@ -254,7 +254,8 @@ class Options:
         """Where the steps go; raises UsageError for a name that no directory of a step can have."""
         if self.output_dir is None:
             return None
-        return RunDirectory(self.output_dir, self.template, self.run_name, self.policy, self.ranks)
+        named = self.output_dir, self.template, self.run_name
+        return RunDirectory(*named, self.policy, self.ranks, self.writers)
 
 
 def check(given: Arguments) -> Final:

@@ -16,7 +16,6 @@ from ckpt_convert.adapters.peft_files import load_into
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned, names_elsewhere
-from ckpt_convert.checkpointer.distributed.exchange import Writers, exchanged
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.slices import copy_slice
 from ckpt_convert.checkpointer.live import loading
@@ -41,9 +40,11 @@ from ckpt_convert.checkpointer.save.writer import StepContents
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.checkpointer.state.shared_state import share
 from ckpt_convert.convert import planning
+from ckpt_convert.convert.agreement import own_parts
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.convert.planning import PlanInputs
 from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.sharing import OwnParts
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import KeyMismatchError, UsageError
@@ -84,17 +85,15 @@ class SavePlanner:
         settings: Settings,
         adapter: Any = None,
         ranks: Ranks | None = None,
-        writers: Writers = "auto",
     ) -> None:
         self.source = source
         self.settings = settings
         config = None if adapter is None else AdapterConfig.of(adapter)
         self.adapter = None if config is None else TrainedAdapter(config, source, settings.model_format, ranks)
         self.ranks = ranks
-        self._writers: Writers = writers
         self._claims = None if ranks is None else Claims(ranks, by_rows=config is not None)
         self._state_claims = None if ranks is None else Claims(ranks)
-        self._plans: dict[tuple[Any, ...], OpenPlan] = {}
+        self._plans: dict[tuple[Any, ...], tuple[OpenPlan, OwnParts]] = {}
         self._kinds: dict[Any, int] = {}
 
     def loadable_names(self, model: Model) -> list[str]:
@@ -212,7 +211,7 @@ class SavePlanner:
             whole = self.adapter.gathered(parts, to_all=True)
             return list(self._merged(self.adapter, whole, owned, settings).plan.notices)
         written = parts.base if emitted is None else self._emitted(parts.base, emitted)
-        made = self._plan(self._owned(written), settings).plan
+        made = self._plan(self._owned(written), settings)[0].plan
         casts = Counter(
             (DTYPES[tensor.source_dtype].torch, DTYPES[tensor.dtype].torch)
             for file in made.weights
@@ -249,7 +248,7 @@ class SavePlanner:
         if self.adapter is not None:
             return self._adapter_job(self.adapter, parts, state, settings, buffers)
         owned = self._owned(parts.base if emitted is None else self._emitted(parts.base, emitted))
-        made = self._plan(owned, settings)
+        made, own = self._plan(owned, settings)
         if state is not None:
             exact = _inexact(made.plan) if emitted is None else parts.base.keys()
             if exact:
@@ -257,9 +256,9 @@ class SavePlanner:
         written = self._shared(state)
         if buffers is not None:
             owned, written = stage(owned, written, buffers)
-            made = self._plan(owned, settings)
+            made, own = self._plan(owned, settings)
         planned = OpenPlan(made.plan, ChainMap(dict(made.sources), MemoryReaders(owned)))  # type: ignore[arg-type]
-        return lambda section, files: StepContents(planned, section, written, files, settings.extra)
+        return lambda section, files: StepContents(planned, section, written, files, settings.extra, own=own)
 
     def _emitted(self, trained: Tensors, emitted: Tensors) -> Tensors:
         """The tensors for the weight files; raises UsageError where keys and shapes are not those of the model."""
@@ -285,7 +284,7 @@ class SavePlanner:
 
     def _owned(self, tensors: Tensors) -> dict[str, Owned]:
         """What this process writes of the tensors of a model: all, unless other ranks have a part of it as well."""
-        return all_of(tensors) if self._claims is None else self._claims.of(exchanged(tensors, self._writers))
+        return all_of(tensors) if self._claims is None else self._claims.of(tensors)
 
     def _adapter_job(
         self,
@@ -357,8 +356,11 @@ class SavePlanner:
                 f"{indented_list(lost)}"
             )
 
-    def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> OpenPlan:
-        """The plan for tensors of this signature; its sources are files only, as it is reused with other tensors."""
+    def _plan(self, tensors: Mapping[str, Owned], settings: Settings) -> tuple[OpenPlan, OwnParts]:
+        """The plan for tensors of this signature, and what this process has of its files.
+
+        Its sources are files only, as it is reused with other tensors.
+        """
         request = self._request(settings)
         key = (request, settings.model_format, settings.extra, tensors_signature(tensors, self._kinds))
         if key not in self._plans:
@@ -373,7 +375,7 @@ class SavePlanner:
             side = tuple(side for side in made.auxiliary_files if side.name not in names)
             made = replace(made, auxiliary_files=side, notices=(*made.notices, *said))
             files = {one: reader for one, reader in planned.sources.items() if one.kind != IN_MEMORY}
-            self._plans[key] = OpenPlan(made, files)
+            self._plans[key] = OpenPlan(made, files), own_parts(made, self.ranks is None or self.ranks.is_first)
         return self._plans[key]
 
     def _live(

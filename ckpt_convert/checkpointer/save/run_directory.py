@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpointer.distributed.exchange import Exchange, Writers
 from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
 from ckpt_convert.checkpointer.distributed.single_writer import Claim
 from ckpt_convert.checkpointer.run import retention, saved_steps
@@ -32,7 +33,12 @@ log = logging.getLogger("ckpt_convert")
 LOCK = ".ckpt-convert-lock"
 
 _CACHED_BY_PAGE = {"nfs", "nfs4", "cifs", "smb3"}
-"""File systems whose clients cache by page, and do not lock it while they write."""
+"""File systems whose clients cache by page, and do not lock it while they write.
+
+What is of no tensor, the first rank writes when all others have closed the files, which shows it what they wrote.
+"""
+
+_BY_PAGE = b"by page"
 
 
 class RunDirectory:
@@ -45,9 +51,12 @@ class RunDirectory:
         run_name: str | None,
         policy: retention.RetentionPolicy,
         ranks: Ranks | None = None,
+        writers: Writers = "auto",
     ) -> None:
         self.path = path
-        self.ranks = None if ranks is None else ranks.channel("save")
+        self._exchange = None if ranks is None else Exchange(ranks.channel("save"))
+        self._writers = writers
+        self.ranks = None if self._exchange is None else self._exchange.ranks
         """The processes that write it together, of which only the first changes anything but their weights and state;
         None where one process writes it alone."""
         self.policy = policy
@@ -76,14 +85,16 @@ class RunDirectory:
             self._open(source)
         else:
             said = packed([socket.gethostname(), options])
-            self.ranks.round(f"opening {self.path}", lambda: said, lambda every: self._open_for(every, source))
+            answer = self.ranks.round(f"opening {self.path}", lambda: said, lambda every: self._open_for(every, source))
+            self._writers = "exchange" if answer == _BY_PAGE else self._writers
         self._is_open = True
 
     def _open_for(self, every: Sequence[bytes], source: Identified) -> list[bytes]:
-        """Take the directory for all ranks.
+        """Take the directory for all ranks; the answer is whether its pages must each have one writer.
 
-        Raises UsageError for options that differ between them, and for several machines on a file system whose clients
-        cache by page: of two that write into one page, one would overwrite what the other has written.
+        That is on a file system whose clients cache by page, for several machines: of two that write into one page,
+        one would overwrite what the other has written. Raises UsageError for options that differ between the ranks,
+        and where they are to write so.
         """
         hosts, options = zip(*map(unpacked, every), strict=True)
         lines = [
@@ -95,14 +106,15 @@ class RunDirectory:
         if lines:
             raise UsageError(f"the ranks were given different options:{indented_list(lines)}")
         kind = self._workspace.file_system(self.path)
-        if len(set(hosts)) > 1 and kind in _CACHED_BY_PAGE:
+        by_page = len(set(hosts)) > 1 and kind in _CACHED_BY_PAGE
+        if by_page and self._writers == "direct":
             raise UsageError(
                 f"{self.path}: is on {kind}, where the ranks of {len(set(hosts))} machines would overwrite parts of "
-                "each other's writes; choose an output_dir on a parallel file system (Lustre, GPFS), or save from one "
-                'process with process_group="rank0"'
+                'each other\'s writes; leave writers="direct" out, and each page has one writer, or choose an '
+                "output_dir on a parallel file system (Lustre, GPFS)"
             )
         self._open(source)
-        return [b""]
+        return [_BY_PAGE if by_page else b""]
 
     def _open(self, source: Identified) -> None:
         with reading(source.place, "looked at"):
@@ -139,6 +151,8 @@ class RunDirectory:
 
     def close(self) -> None:
         self._is_open = False
+        if self._exchange is not None:
+            self._exchange.close()
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -174,12 +188,13 @@ class RunDirectory:
         self, step: StepContents, destination: Place, workers: int, progress: ProgressCallback | None = None
     ) -> None:
         """Write a step; once it is complete, move the pointer, and delete what the policy does not keep."""
-        if self.ranks is not None:
+        if self._exchange is not None:
             published = partial(self._published, destination)
             shared.save(
                 step,
                 destination,
-                self.ranks,
+                self._exchange,
+                writers=self._writers,
                 workers=workers,
                 mode=self._mode,
                 published=published,

@@ -1,19 +1,21 @@
 """Writing the directory of one saved step from several ranks: the directory that one process would write.
 
-The first rank makes the directory and its files. Every rank then writes what it owns at its place in them, flushes it,
-and hands in what that adds to the checksums of each piece, or its error. The first one sums that, which proves that
-every byte was written once, writes the manifest, and publishes. All of them learn how that ended.
+The first rank makes the directory and its files. Every rank then writes what it owns at its place in them, by itself or
+through the exchange of slices, flushes it, and hands in what that adds to the checksums of each piece, or its error.
+The first one sums that, which proves that every byte was written once, writes the manifest, and publishes. All of them
+learn how that ended.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 from ckpt_convert.checkpoint.record import TRAINING_STATE
-from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
+from ckpt_convert.checkpointer.distributed.exchange import BrokenExchangeError, Exchange, Writers, write_exchanged
+from ckpt_convert.checkpointer.distributed.ranks import packed, unpacked
 from ckpt_convert.checkpointer.save.writer import (
     ADVICE,
     SAVING,
@@ -30,9 +32,18 @@ from ckpt_convert.convert import agreement, output
 from ckpt_convert.convert.agreement import Look
 from ckpt_convert.convert.combine import WrittenPart, whole_pieces, written_parts
 from ckpt_convert.convert.execute import execute
-from ckpt_convert.convert.partition import runs, split_into_pieces
+from ckpt_convert.convert.partition import split_into_pieces
 from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
+from ckpt_convert.convert.sharing import (
+    OwnParts,
+    ShortRuns,
+    all_tensors,
+    exchanged_tensors,
+    owned_ranges,
+    tensors_of_bits,
+)
 from ckpt_convert.convert.sources import OpenPlan
+from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.workspace import Folder, Stage
@@ -42,8 +53,9 @@ from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
 def save(
     step: StepContents,
     destination: Place,
-    ranks: Ranks,
+    exchange: Exchange,
     *,
+    writers: Writers,
     workers: int,
     mode: int,
     published: Callable[[], None],
@@ -53,8 +65,8 @@ def save(
 
     Raises what ``writer.save`` does, on all ranks with one text, which names the rank that failed.
     """
-    what = f"the save of {destination.name}"
-    with _Shared(step, destination, ranks, workers, mode, progress) as shared:
+    what, ranks = f"the save of {destination.name}", exchange.ranks
+    with exchange.one_save(), _Shared(step, destination, exchange, writers, workers, mode, progress) as shared:
         begun = ranks.round(what, shared.look, shared.begin)
         ranks.round(what, lambda: shared.write(begun), lambda reports: shared.finish(reports, published))
 
@@ -70,7 +82,8 @@ class _Shared(contextlib.ExitStack):
         self,
         step: StepContents,
         destination: Place,
-        ranks: Ranks,
+        exchange: Exchange,
+        writers: Writers,
         workers: int,
         mode: int,
         progress: ProgressCallback | None,
@@ -78,25 +91,33 @@ class _Shared(contextlib.ExitStack):
         super().__init__()
         self._step = step
         self._destination = destination
-        self._ranks = ranks
+        self._exchange, self._ranks, self._writers = exchange, exchange.ranks, writers
         self._workers = workers
         self._mode = mode
         self._progress = progress
 
     def look(self) -> bytes:
-        """What this rank finds in the values that decide what is written."""
+        """What this rank finds in the values that decide what is written, and of which tensors it has short runs."""
         weights = self._step.weights
         if weights is None:
             return packed(None)
-        return packed(agreement.look(weights.plan, weights.sources, self._ranks.is_first).as_json())
+        short, count = self._own.short_runs(weights.plan.files)
+        return packed(
+            [agreement.look(weights.plan, weights.sources, self._ranks.is_first).as_json(), hex(short), count]
+        )
 
     def begin(self, looks: Sequence[bytes]) -> list[bytes]:
-        """Make the directory and its files; the answer is its name until it is published, and what all have found."""
-        found = None
+        """Make the directory and its files.
+
+        The answer is its name until it is published, what all have found, and the tensors that they exchange.
+        """
+        found, exchanged = None, 0
         if self._step.weights is not None:
-            self._found = agreement.merge([Look.from_json(unpacked(one)) for one in looks])
+            said = [unpacked(one) for one in looks]
+            self._found = agreement.merge([Look.from_json(look) for look, _, _ in said])
             found = self._found.as_json()
             agreement.settle(self._step.weights.plan, self._found)
+            exchanged = self._exchanged([ShortRuns(int(short, 16), runs) for _, short, runs in said])
         self._staging = self.enter_context(staged(self._step, self._destination, mode=self._mode, alone=True))
         if self._step.weights is not None:
             plan = self._step.weights.plan
@@ -108,28 +129,48 @@ class _Shared(contextlib.ExitStack):
         if isinstance(self._step.state, SharedState):
             shared_state.make_files(self._staging.folder.subfolder(TRAINING_STATE), self._ranks.count)
         first = self._step.state.optimizer_names if isinstance(self._step.state, SharedState) else ""
-        return [packed([self._staging.place.name, found, first])]
+        return [packed([self._staging.place.name, found, hex(exchanged), first])]
+
+    def _exchanged(self, short: Sequence[ShortRuns]) -> int:
+        """The tensors that are exchanged, as bits."""
+        if self._step.weights is None or self._writers == "direct":
+            return 0
+        return exchanged_tensors(short) if self._writers == "auto" else all_tensors(self._step.weights.plan.files)
+
+    @cached_property
+    def _own(self) -> OwnParts:
+        """What this rank has of the files."""
+        if self._step.own is None and self._step.weights is not None:
+            return agreement.own_parts(self._step.weights.plan, self._ranks.is_first)
+        return self._step.own or OwnParts(lambda _: False)
 
     def write(self, begun: bytes) -> bytes:
         """Write what this rank owns into the files that are there; returns what was written where."""
-        name, found, first = unpacked(begun)
+        name, found, exchanged, first = unpacked(begun)
         place = self._destination.parent / name
         with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
             parts, state = [], None
             if self._step.weights is not None:
                 inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
-                parts = self._write_weights(self._step.weights, inner, Look.from_json(found))
+                try:
+                    parts = self._write_weights(self._step.weights, inner, Look.from_json(found), int(exchanged, 16))
+                except BrokenExchangeError as error:
+                    return packed([[], None, str(error)])
             if isinstance(self._step.state, SharedState):
                 state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state, first)
-        return packed([[part.as_json() for part in parts], state])
+        return packed([[part.as_json() for part in parts], state, ""])
 
-    def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look) -> list[WrittenPart]:
+    def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look, bits: int) -> list[WrittenPart]:
         plan = agreement.settle(planned.plan, found)
+        own, exchanged = self._own, tensors_of_bits(plan.files, bits)
         joined = JoinedOutput(plan, folder)
         try:
-            mine = list(runs(plan.files, partial(agreement.owns, plan, first=self._ranks.is_first)))
-            counter = ProgressCounter(SAVING, sum(piece.nbytes for piece in mine), self._progress)
-            done = execute(plan, mine, planned.sources, joined, workers=self._workers, counter=counter)
+            runs, ranges = own.runs(plan.files, exchanged), owned_ranges(plan.files, exchanged, self._ranks.count)
+            total = sum(piece.nbytes for piece in (*runs, *ranges[self._ranks.rank]))
+            counter = ProgressCounter(SAVING, total, self._progress)
+            done = execute(plan, runs, planned.sources, joined, workers=self._workers, counter=counter)
+            if exchanged:
+                done += write_exchanged(self._exchange, plan, planned.sources, joined, own.owns, ranges, counter)
         finally:
             joined.close()
         return written_parts(plan.files, done)
@@ -138,12 +179,14 @@ class _Shared(contextlib.ExitStack):
         """Put together what all ranks have written, and publish it."""
         with explained(self._destination):
             said = [unpacked(report) for report in reports]
-            parts = [WrittenPart(*part) for written, _ in said for part in written]
+            if broken := [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(said) if text]:
+                raise CkptConvertError(broken[0])  # of whoever broke it, the error or the silence was heard before
+            parts = [WrittenPart(*part) for written, _, _ in said for part in written]
             weights = self._finish_weights(self._step.weights, parts) if self._step.weights is not None else None
             state = None
             if isinstance(self._step.state, SharedState):
                 inner = self._staging.folder.subfolder(TRAINING_STATE)
-                state = shared_state.finish(inner, self._step.state, [state for _, state in said])
+                state = shared_state.finish(inner, self._step.state, [state for _, state, _ in said])
             complete(self._step, self._staging, weights, state)
             self.close()
         published()

@@ -20,6 +20,7 @@ from ckpt_convert.checkpointer.state.shared_state import SharedState
 from ckpt_convert.convert import output, ownership
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.execute import check_losses, loss_text, run_checks
+from ckpt_convert.convert.sharing import OwnParts
 from ckpt_convert.convert.sources import OpenPlan
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, SourceChangedError, UnreadableError
 from ckpt_convert.storage import workspace
@@ -50,7 +51,8 @@ class StepContents:
     ``weights`` is the plan that writes these, below ``weights_in`` (the directory itself, or the folder beside an
     adapter), None where there are none; ``files`` are small files by name; ``state`` is the training state, None for
     none; ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked
-    when the manifest is written, as metrics may arrive until then.
+    when the manifest is written, as metrics may arrive until then; ``own`` is what this process writes of the weights,
+    where several do.
     """
 
     weights: OpenPlan | None
@@ -59,6 +61,7 @@ class StepContents:
     files: Mapping[str, bytes] | None = None
     extra: Sequence[Place] = ()
     weights_in: str = ""
+    own: OwnParts | None = None
 
     @property
     def names(self) -> list[str]:
