@@ -112,7 +112,7 @@ def open_checkpoint(
     """Open a checkpoint from its headers alone; no tensor is read.
 
     Args:
-        path: a directory, a weight file of any container, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        path: a directory, a weight file of any container, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         format: "hf", "meta", "native" or "torchtitan", where it cannot be detected.
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: a config.json or params.json to use instead of the checkpoint's own.

@@ -95,8 +95,8 @@ class Checkpointer:
         """Open the source and check every option; nothing is written, no tensor is read.
 
         Args:
-            source: a directory, weight file or Hub id of any format, a list of the weight files of a directory, an open
-                ``Checkpoint``, or None to start from ``config`` without weights.
+            source: a directory, weight file, URL or Hub id of any format, a list of the weight files of a directory,
+                an open ``Checkpoint``, or None to start from ``config`` without weights.
             output_dir: the directory of the saved steps; None for a checkpointer that only loads.
             model_format: the format of the training model's state dict: "native", "hf", "torchtitan" or "meta".
             config: a config.json (a path, or its content) for a source that has none.

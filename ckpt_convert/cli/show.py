@@ -124,9 +124,9 @@ def show(
 ) -> None:
     """Print the values of the tensor KEY, or of a slice of it such as KEY[0:2, -1].
 
-    PATH is a directory, one weight file, or a Hub id (org/name), in any format. Tensors of several ranks or pieces are
-    joined. A slice has integers, ranges (2:5) and an ellipsis (...), as in torch; only its range is read. With --as
-    meta, or another format, it is the tensor that a conversion to that format would write under KEY.
+    PATH is a directory, one weight file, a URL or a Hub id (org/name), in any format. Tensors of several ranks or
+    pieces are joined. A slice has integers, ranges (2:5) and an ellipsis (...), as in torch; only its range is read.
+    With --as meta, or another format, it is the tensor that a conversion to that format would write under KEY.
     """
     from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.checkpoint.dequantize import dequantize_if_asked

@@ -129,7 +129,7 @@ def plan_conversion(
     The plan holds no open file and can be pickled.
 
     Args:
-        src: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         to: the target format: "hf", "meta", "native" or "torchtitan".
         from_format: the format of ``src``, where it cannot be detected.
         family: the name of the architecture, such as "llama", where it cannot be detected.
@@ -266,7 +266,7 @@ def convert_checkpoint(
     Tensors are streamed: memory does not grow with the model.
 
     Args:
-        src: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         dst: the directory to write; its parent is created.
         to: the target format: "hf", "meta", "native" or "torchtitan".
         overwrite: replace a checkpoint at ``dst``, once the new one is complete.

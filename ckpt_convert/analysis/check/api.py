@@ -40,7 +40,7 @@ def verify_checkpoint(
     What is wrong with the checkpoint is a finding, not an exception. Nothing is written, except with ``accept``.
 
     Args:
-        path: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        path: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         values: read every byte once; otherwise headers and small files only.
         against: a checkpoint, in any format, that every tensor is compared with.
         logits: also run the model in transformers, on random tokens.

@@ -37,7 +37,7 @@ def diff_checkpoints(
     Tensors are aligned through the family's table: in one RoPE layout, with fused and split tensors put together.
 
     Args:
-        a: a directory, a weight file, or a Hub id such as "meta-llama/Llama-3.2-1B".
+        a: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         b: the same, of the other checkpoint.
         values: compare every value; otherwise keys, shapes and dtypes only.
         filters: globs such as "*.mlp.*"; only tensors with a key, in a or in b, that matches one are compared.
