@@ -18,7 +18,13 @@ from ckpt_convert.formats.base import FormatName
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.names import JOURNAL
-from ckpt_convert.storage.place import Location, Place, list_identities
+from ckpt_convert.storage.place import (
+    Location,
+    Place,
+    StorageOptions,
+    list_identities,
+    with_options,
+)
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.wording import human_bytes
 
@@ -108,6 +114,7 @@ def open_checkpoint(
     family: str | None = None,
     config: Location | None = None,
     revision: str | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Checkpoint:
     """Open a checkpoint from its headers alone; no tensor is read.
 
@@ -117,6 +124,7 @@ def open_checkpoint(
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: a config.json or params.json to use instead of the checkpoint's own.
         revision: branch, tag or commit of a Hub id.
+        storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
         CheckpointNotFoundError: there is nothing at ``path``.
@@ -126,6 +134,7 @@ def open_checkpoint(
 
     A family that no table describes is not an error here.
     """
+    path, config = with_options(storage_options, path, config)
     return Checkpoint(open_identified(path, format=format, family=family, config=config, revision=revision))
 
 

@@ -42,7 +42,7 @@ from ckpt_convert.dtypes import OutputDType
 from ckpt_convert.errors import UsageError
 from ckpt_convert.formats.base import FormatName
 from ckpt_convert.storage import pointer
-from ckpt_convert.storage.place import Place, checked_place
+from ckpt_convert.storage.place import Place, StorageOptions, checked_place, with_options
 from ckpt_convert.tensors.progress import ProgressCallback
 
 log = logging.getLogger("ckpt_convert")
@@ -91,6 +91,7 @@ class Checkpointer:
         progress: ProgressCallback | None = None,
         process_group: Any = None,
         writers: Writers = "auto",
+        storage_options: StorageOptions | None = None,
     ) -> None:
         """Open the source and check every option; nothing is written, no tensor is read.
 
@@ -136,11 +137,13 @@ class Checkpointer:
                 "rank0" where this process alone makes a checkpointer, of a model of which it holds all.
             writers: "direct" writes each rank's slices at their places; "exchange" sends them to the owners of ranges
                 of the files; "auto" does that with tensors of which ranks have many short runs, and on NFS and SMB.
+            storage_options: options of the stores that URLs are in; see docs/storage.md.
 
         Raises:
             UsageError: options that do not fit, all in one message.
             InputError: the source cannot be read; its subclasses say why.
         """
+        source, output_dir, config = with_options(storage_options, source, output_dir, config)
         arguments = Arguments(
             SourceOptions(source, source_format, config, family),
             ScheduleOptions(save_every, save_last, save_best, save_on_signal),

@@ -16,7 +16,7 @@ from ckpt_convert.cli.tree import in_short
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.config import AXES
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import checked_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.wording import human_bytes
 
@@ -93,6 +93,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot express.", shown=meta),
         common.revision("SRC").parameter,
         common.WORKERS.parameter,
+        common.STORE_OPTIONS.parameter,
         common.JSON.parameter,
         common.QUIET.parameter,
     ]
@@ -104,7 +105,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
         options.setdefault("from_format", source)
         return _convert(**options)
 
-    usage = "SRC is a path or a Hub id (org/name); DST is a directory."
+    usage = "SRC is a path, a URL or a Hub id (org/name); DST is a directory, or a URL in an object store."
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
     if to is None:
         title = "Convert SRC to any format, or re-shard it in its own."
@@ -150,7 +151,7 @@ def _convert(
             from ckpt_convert.cli.plan import show_plan
 
             plan = api.plan_conversion(src, **options)
-            show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
+            show_plan(plan, checked_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.convert_checkpoint(

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ckpt_convert.analysis.diff.compare import Diff
     from ckpt_convert.analysis.diff.verdict import Kind
     from ckpt_convert.formats.base import FormatName
+    from ckpt_convert.storage.place import StorageOptions
 
 
 _SEVERITY: dict[Kind, str] = {
@@ -124,6 +125,7 @@ Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 @options.revision("A", "-a")
 @options.revision("B", "-b")
 @options.WORKERS
+@options.STORE_OPTIONS
 @options.QUIET
 def diff(
     a: str,
@@ -143,11 +145,12 @@ def diff(
     revision_a: str | None,
     revision_b: str | None,
     workers: int | None,
+    storage_options: StorageOptions | None,
     quiet: bool,
 ) -> int:
     """Show where checkpoints A and B differ: keys, shapes, dtypes, then every value.
 
-    A and B are directories, weight files or Hub ids, in any formats and with any number of tensor-parallel ranks:
+    A and B are directories, weight files, URLs or Hub ids, in any formats and with any number of tensor-parallel ranks:
     tensors are aligned through the family's table. Nothing is written.
     """
     from ckpt_convert.analysis.diff.api import diff_checkpoints
@@ -177,6 +180,7 @@ def diff(
             revision_b=revision_b,
             workers=workers,
             progress=bar,
+            storage_options=storage_options,
         )
         bar.stop()
         if html is not None:

@@ -7,7 +7,13 @@ import re
 import shlex
 from typing import Any
 
-_EXCEPT = {"from_format": "--from", "format": "--from", "format_a": "--from-a", "format_b": "--from-b"}
+_EXCEPT = {
+    "from_format": "--from",
+    "format": "--from",
+    "format_a": "--from-a",
+    "format_b": "--from-b",
+    "storage_options": "--store-option",
+}
 _OPTIONS = (
     *(
         "accept",
@@ -21,7 +27,18 @@ _OPTIONS = (
         "dtype",
     ),
     *("family", "format", "format_a", "format_b", "from_format", "like", "max_positions", "max_shard_size"),
-    *("meta_style", "model_parallel", "overwrite", "resume", "rope_factor", "rope_theta", "shards", "to", "workers"),
+    *(
+        "meta_style",
+        "model_parallel",
+        "overwrite",
+        "resume",
+        "rope_factor",
+        "rope_theta",
+        "shards",
+        "storage_options",
+        "to",
+        "workers",
+    ),
 )
 FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPTIONS}
 """The flag of each option that messages name."""
@@ -50,7 +67,7 @@ def document_in_flags(value: Any) -> Any:
 
 def _option(found: re.Match[str]) -> str:
     name, value = found.groups()
-    if value in ("", "True"):
+    if value in ("", "True", "{…}"):
         return FLAGS[name]
     if value[0] in _QUOTES:
         node = _parsed(value)

@@ -13,7 +13,7 @@ from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import command_line, echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
-from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.place import Place, StorageOptions, with_options
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
 
@@ -68,17 +68,20 @@ rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 @options.config()
 @options.revision()
 @options.WORKERS
-def inspect(path: str, revision: str | None, from_format: str | None, **options: Any) -> None:
+@options.STORE_OPTIONS
+def inspect(
+    path: str, revision: str | None, from_format: str | None, storage_options: StorageOptions | None, **options: Any
+) -> None:
     """Show what a checkpoint is and what it holds: format, family, files, and every tensor's key, shape and dtype.
 
-    PATH is a directory, one weight file, or a Hub id (org/name). Only headers are read, however large the files are;
-    --stats reads the tensors too, in little memory.
+    PATH is a directory, one weight file, a URL or a Hub id (org/name). Only headers are read, however large the files
+    are; --stats reads the tensors too, in little memory.
     """
     from ckpt_convert.cli import notices
 
     _check(**options)
     with notices.on_stderr():
-        _look(_locate(path, revision), from_format, **options)
+        _look(_locate(path, revision, storage_options), from_format, **options)
 
 
 def _look(path: Place, from_format: str | None, **options: Any) -> None:
@@ -174,7 +177,8 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
     return stats_view.body(facts, view, statistics)
 
 
-def _locate(path: str, revision: str | None) -> Place:
+def _locate(path: str, revision: str | None, storage_options: StorageOptions | None) -> Place:
     from ckpt_convert.checkpoint import locate
 
-    return locate.locate_checkpoint(path, revision)
+    (given,) = with_options(storage_options, path)
+    return locate.locate_checkpoint(given, revision)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.table import FORMATS
 
 if TYPE_CHECKING:
@@ -63,6 +64,20 @@ class Argument:
         return click.Argument((self.name,), shell_complete=complete_path)
 
 
+def parse_store_options(
+    context: click.Context, parameter: click.Parameter, given: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """``storage_options`` of "region=eu-west-1" or, for one bucket, "s3://bucket:region=eu-west-1"."""
+    options: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        bucket, colon, name = key.rpartition(":") if "://" in key else ("", "", key)
+        if not equals or not name or (colon and "://" not in bucket):
+            raise UsageError("--store-option: expected KEY=VALUE, or s3://BUCKET:KEY=VALUE for one bucket")
+        (options.setdefault(bucket, {}) if bucket else options)[name] = value
+    return options or None
+
+
 def from_format(what: str = "PATH", side: str = "") -> Option:
     """The format of what is opened; ``side`` is "-a" or "-b" where there are two."""
     name = f"from_{side[1:]}" if side else "from_format"
@@ -97,5 +112,14 @@ JSON = Option(("--json", "as_json"), {"is_flag": True, "help": "Print everything
 HTML = Option(
     ("--html",),
     {"metavar": "FILE", "type": click.Path(), "help": "Write an HTML page (- : standard output)."},
+)
+STORE_OPTIONS = Option(
+    ("--store-option", "storage_options"),
+    {
+        "multiple": True,
+        "metavar": "KEY=VALUE",
+        "callback": parse_store_options,
+        "help": "An option of the store that a URL is in; can be repeated.",
+    },
 )
 QUIET = Option(("--quiet", "-q"), {"is_flag": True, "help": "Print nothing but errors."})

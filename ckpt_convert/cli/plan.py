@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,18 +15,19 @@ from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import explain
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.by_rename import existing_parent
+from ckpt_convert.storage.place import Place
 from ckpt_convert.wording import human_bytes
 
 _LABEL = len("generated") + 2
 """The width of the column of labels, above the tree and below it."""
 
 
-def free_space(dst: Path) -> int:
-    """Free bytes on the file system of DST."""
-    return shutil.disk_usage(existing_parent(dst)).free
+def free_space(dst: Place) -> int | None:
+    """Free bytes on the file system of DST; None where it is on none."""
+    return shutil.disk_usage(existing_parent(dst.local)).free if dst.is_local else None
 
 
-def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
+def as_dict(plan: Plan, dst: Place, workers: int) -> dict[str, Any]:
     """The plan as JSON-ready values."""
     return {
         "source": str(plan.source.place),
@@ -58,7 +58,7 @@ def as_dict(plan: Plan, dst: Path, workers: int) -> dict[str, Any]:
     }
 
 
-def show_plan(plan: Plan, dst: Path, *, as_json: bool, quiet: bool, workers: int) -> None:
+def show_plan(plan: Plan, dst: Place, *, as_json: bool, quiet: bool, workers: int) -> None:
     """Print the plan."""
     if as_json:
         echo_json(as_dict(plan, dst, workers))
@@ -82,7 +82,7 @@ def _labelled(label: str, text: str, color: str | None = None) -> Labelled:
     return Labelled(label, text.split(" "), color)
 
 
-def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
+def _facts(plan: Plan, dst: Place) -> Iterator[Labelled]:
     """The source, the target and the tensors."""
     source = plan.source
     release = f", sizes of {source.release}" if source.release else ""
@@ -98,7 +98,7 @@ def _facts(plan: Plan, dst: Path) -> Iterator[Labelled]:
     yield _labelled("tensors", f"{plan.tensors}, {human_bytes(plan.tensor_bytes)}: {moves}")
 
 
-def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
+def _output(plan: Plan, dst: Place, workers: int) -> Iterator[Labelled]:
     """The output's files, what becomes of the rest, and the disk and memory needed."""
     for at, file in enumerate(plan.weights[:16]):
         label = "files" if at == 0 else ""
@@ -120,8 +120,11 @@ def _output(plan: Plan, dst: Path, workers: int) -> Iterator[Labelled]:
     )
     yield _labelled("carried", carried)
     free = free_space(dst)
-    lacking = click.style("  not enough", fg="red") if free < plan.disk else ""
-    yield _labelled("disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}")
+    if free is None:
+        yield _labelled("store", f"{human_bytes(plan.disk)} needed")
+    else:
+        lacking = click.style("  not enough", fg="red") if free < plan.disk else ""
+        yield _labelled("disk", f"{human_bytes(plan.disk)} needed, {human_bytes(free)} free{lacking}")
     yield _labelled("memory", f"about {human_bytes(plan.memory(workers))} with {plural(workers, 'worker')}")
     for notice in plan.notices:
         yield _labelled("notice", escape(notice), colors.WARNING)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckpt_convert.analysis.logits.logits import LogitsReport
     from ckpt_convert.checkpoint.findings import Finding
     from ckpt_convert.formats.base import FormatName
-    from ckpt_convert.storage.place import Location
+    from ckpt_convert.storage.place import Location, StorageOptions
 
 _COLORS = {"error": colors.BAD, "warning": colors.WARNING, "note": "cyan"}
 _LABEL = 9
@@ -60,6 +60,7 @@ Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 
 @options.config()
 @options.revision()
 @options.WORKERS
+@options.STORE_OPTIONS
 @options.QUIET
 def verify(
     path: str,
@@ -75,12 +76,13 @@ def verify(
     config: str | None,
     revision: str | None,
     workers: int | None,
+    storage_options: StorageOptions | None,
     quiet: bool,
 ) -> int:
     """Check a checkpoint and report everything that is wrong with it: files, headers, index, config, checksums, values.
 
-    PATH is a directory, one weight file, or a Hub id (org/name). Every byte is read once, unless --quick. Nothing is
-    written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
+    PATH is a directory, one weight file, a URL or a Hub id (org/name). Every byte is read once, unless --quick. Nothing
+    is written, except with --accept: before the checks, the checksums of these files beside the weights are renewed in
     ckpt_convert/manifest.json.
     """
     from ckpt_convert.analysis.check.api import verify_checkpoint
@@ -107,6 +109,7 @@ def verify(
             revision=revision,
             workers=workers,
             progress=bar,
+            storage_options=storage_options,
         )
     if as_json:
         echo_json(report.as_dict())

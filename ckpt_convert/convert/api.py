@@ -34,7 +34,14 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.place import Location, Place, as_place, output_place
+from ckpt_convert.storage.place import (
+    Location,
+    Place,
+    StorageOptions,
+    as_place,
+    output_place,
+    with_options,
+)
 from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -120,6 +127,7 @@ def plan_conversion(
     drop_rope_scaling: bool = False,
     allow_overflow: bool = False,
     allow_loss: bool = False,
+    storage_options: StorageOptions | None = None,
 ) -> Plan:
     """Plan a conversion from headers alone: no tensor is read, nothing is written.
 
@@ -151,11 +159,13 @@ def plan_conversion(
         allow_overflow: write finite values that ``dtype`` cannot hold as infinite, instead of refusing.
         allow_loss: leave values that the target has no place for in the record alone, even if the model's outputs
             change, instead of refusing.
+        storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
         InputError: the source cannot be read, or does not fit its config; see ``ckpt_convert.errors``.
         UsageError: options that do not fit each other, the source or the target.
     """
+    src, config, like = with_options(storage_options, src, config, like)
     origin = SourceOptions(src, from_format, family, config, revision, like)
     settings = ConfigOptions(
         rope_factor=rope_factor,
@@ -257,6 +267,7 @@ def convert_checkpoint(
     drop_rope_scaling: bool = False,
     allow_overflow: bool = False,
     allow_loss: bool = False,
+    storage_options: StorageOptions | None = None,
 ) -> Report:
     """Convert a checkpoint to another format, or re-shard it in its own; ``dst`` appears complete or not at all.
 
@@ -294,6 +305,7 @@ def convert_checkpoint(
         allow_overflow: write finite values that ``dtype`` cannot hold as infinite, instead of refusing.
         allow_loss: leave values that the target has no place for in the record alone, even if the model's outputs
             change, instead of refusing.
+        storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
         InputError: the source cannot be read, or does not fit its config; its subclasses say what is wrong.
@@ -305,6 +317,7 @@ def convert_checkpoint(
 
     After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
     """
+    src, dst, config, like = with_options(storage_options, src, dst, config, like)
     origin = SourceOptions(src, from_format, family, config, revision, like)
     settings = ConfigOptions(
         rope_factor=rope_factor,

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any
 
 from ckpt_convert.errors import UnsafeFileError, UsageError
 from ckpt_convert.storage.base import (
@@ -242,7 +242,8 @@ class Place:
 Location = str | os.PathLike[str] | Place
 """How a caller gives a place: a path, the URL of a store, or a place in any store."""
 
-_Given = TypeVar("_Given")
+StorageOptions = Mapping[str, Any]
+"""Options of stores, such as an endpoint or credentials: by name, or by the URL of a bucket for it alone."""
 
 
 def checked_place(given: Location, what: str = "") -> Place:
@@ -264,11 +265,16 @@ def output_place(given: Location, what: str) -> Place:
     return place
 
 
-def with_options(given: _Given, options: Mapping[str, object] | None) -> _Given | Place:
-    """What a caller gives, as the place in a store with these ``storage_options`` where it is a URL."""
-    if options and isinstance(given, str) and (address := address_of(given, options)) is not None:
-        return Place(*address)
-    return given
+def with_options(options: StorageOptions | None, *given: Any) -> list[Any]:
+    """What a caller gives, each as the place in a store with these ``storage_options`` where it is a URL.
+
+    Raises UsageError if there are options and nothing is in a store.
+    """
+    addresses = [address_of(one, options) if options and isinstance(one, str) else None for one in given]
+    places = [one if address is None else Place(*address) for one, address in zip(given, addresses, strict=True)]
+    if options and not any(isinstance(place, Place) for place in places):
+        raise UsageError("`storage_options={…}`: nothing here is the URL of a store", "storage_options")
+    return places
 
 
 def as_place(path: Location) -> Place:

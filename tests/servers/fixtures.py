@@ -120,4 +120,4 @@ def azure_store(azurite: Azurite) -> Store:
 
     options = {"account_name": ACCOUNT, "account_key": KEY, "endpoint": azurite.url}
     container = azurite.create_container(f"container-{next(_numbers)}")
-    return checked_place(with_options(f"az://{container}", options)).store
+    return checked_place(*with_options(options, f"az://{container}")).store

@@ -12,7 +12,12 @@ from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.checkpoint import locate
 from ckpt_convert.checkpoint.opening import checkpoint_place
 from ckpt_convert.formats.base import FormatName
-from ckpt_convert.storage.place import Location, checked_place
+from ckpt_convert.storage.place import (
+    Location,
+    StorageOptions,
+    checked_place,
+    with_options,
+)
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 
@@ -30,6 +35,7 @@ def verify_checkpoint(
     revision: str | None = None,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Verification:
     """Check a checkpoint: files, headers, index, config against shapes, tied weights, replicas, checksums, values.
 
@@ -51,6 +57,7 @@ def verify_checkpoint(
         revision: branch, tag or commit, where ``path`` is a Hub id.
         workers: the number of threads; by default one for each core, from 2 to 4.
         progress: called with ``TransferProgress`` values, from several threads, one at a time.
+        storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
         CheckpointNotFoundError: there is nothing at ``path``.
@@ -62,6 +69,7 @@ def verify_checkpoint(
         from ckpt_convert.analysis.logits.model import require_packages
 
         require_packages()
+    path, against, config = with_options(storage_options, path, against, config)
     names = (accept,) if isinstance(accept, str) else tuple(accept)
     accepted = tuple(accept_files(checkpoint_place(checked_place(path)), names)) if names else None
     this = Opening(locate.locate_checkpoint(path, revision, cache=logits), format, family, config)

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from ckpt_convert.analysis.diff.compare import Diff, compare_checkpoints
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.formats.base import FormatName
-from ckpt_convert.storage.place import Location
+from ckpt_convert.storage.place import Location, StorageOptions, with_options
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.tensors.progress import ProgressCallback
 
@@ -28,6 +28,7 @@ def diff_checkpoints(
     revision_b: str | None = None,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
+    storage_options: StorageOptions | None = None,
 ) -> Diff:
     """Compare two checkpoints tensor by tensor, whatever their formats, files and ranks.
 
@@ -50,11 +51,14 @@ def diff_checkpoints(
         revision_b: the same for b.
         workers: the number of processes; by default one for each core, from 2 to 4.
         progress: called with ``TransferProgress`` values.
+        storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
         InputError: a checkpoint cannot be read; its subclasses say why.
         UsageError: no such format or family.
     """
+
+    a, b, config_a, config_b = with_options(storage_options, a, b, config_a, config_b)
 
     def is_wanted(*keys: str) -> bool:
         return not filters or any(fnmatchcase(key, glob) for key in keys for glob in filters)

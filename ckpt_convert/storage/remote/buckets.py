@@ -22,17 +22,18 @@ def _bucket_and_name(scheme: str, rest: str, form: str) -> tuple[str, PurePosixP
     """The parts of a URL after its scheme; what may hold a secret is not repeated in the error."""
     authority, _, name = rest.partition("/")
     parts = name.rstrip("/").split("/") if name.rstrip("/") else []
+    user = ":" in authority or ("@" in authority and scheme not in ("abfss", "oci"))
     problem = None
-    if "?" in rest or "#" in rest:
-        problem = f"has a query or a fragment, which such a URL does not; options are given as {OPTION}"
-    elif "@" in authority and scheme not in ("abfs", "abfss", "oci"):
+    if user:
         problem = f"has a user or a key in it; credentials are given by the environment, or as {OPTION}"
+    elif "?" in rest or "#" in rest:
+        problem = f"has a query or a fragment, which such a URL does not; options are given as {OPTION}"
     elif not authority:
         problem = "names no bucket"
     elif any(part in ("", ".", "..") for part in parts):
         problem = "has an empty part, `.` or `..` in its path"
     if problem is not None:
-        shown = re.split(r"[?#]", rest.rpartition("@")[2] if "@" in authority else rest, maxsplit=1)[0]
+        shown = "…" if user else re.split(r"[?#]", rest, maxsplit=1)[0]
         raise UsageError(f"{scheme}://{shown}: {problem}; expected {form}")
     return authority, PurePosixPath(*parts)
 

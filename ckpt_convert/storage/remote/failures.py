@@ -96,7 +96,7 @@ def describe_answer(status: str, code: str, message: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def asking(label: str, operation: str, kind: type[CkptConvertError] = UnreadableError) -> Iterator[None]:
-    """Turn a store's errors into one of ``kind``; errors of ours and FileNotFoundError pass.
+    """Turn a store's errors into one of ``kind``; other errors of ours pass.
 
     ``label`` names what was asked for, and ``operation`` completes "cannot be …".
     """
@@ -104,10 +104,6 @@ def asking(label: str, operation: str, kind: type[CkptConvertError] = Unreadable
 
     try:
         yield
-    except FileNotFoundError as error:
-        if "NoSuchBucket" in str(error) or "ContainerNotFound" in str(error):
-            raise failure(label, operation, *describe(str(error)), kind) from None
-        raise
     except (BaseError, OSError, ValueError) as error:
         raise failure(label, operation, *describe(str(error)), kind) from None
     except CkptConvertError as error:
