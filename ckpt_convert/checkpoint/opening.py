@@ -33,6 +33,7 @@ from ckpt_convert.formats.names import (
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closable, Entry
+from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
 from ckpt_convert.tensors.pool import map_threaded
@@ -42,9 +43,6 @@ T = TypeVar("T")
 
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A layer or expert index in a key."""
-
-_REQUESTS = 32
-"""Files of a remote store that are opened at a time."""
 
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
@@ -253,7 +251,7 @@ def open_each(path: Place, do: Callable[[WeightName], T], weights: Sequence[Weig
     """``do(weight)`` for every weight file, in order; of a remote store many at a time, since each is a request."""
     if not path.store.prefers_listing or len(weights) < 2:
         return [do(weight) for weight in weights]
-    return map_threaded(do, weights, min(_REQUESTS, len(weights)))
+    return map_threaded(do, weights, min(AT_ONCE, len(weights)))
 
 
 def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None = None) -> tuple[str | None, str]:
@@ -339,7 +337,10 @@ def close_files(files: Iterable[WeightFile]) -> None:
 
 def _open(path: Place, weight: WeightName) -> WeightFile:
     file = path if path.is_regular_file() else path.resolve_member(weight.name, str(path))
-    reader, header = containers.parse_header(file.open(), foreign=True)
+    opened = file.open()
+    reader, header = containers.parse_header(opened, foreign=True)
+    if isinstance(opened, ObjectFile):
+        opened.forget()
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 

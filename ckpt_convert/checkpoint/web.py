@@ -13,12 +13,10 @@ from ckpt_convert.formats.hf import weights_from_index
 from ckpt_convert.formats.names import RANK, WELL_KNOWN_NAMES, is_any_index, is_index, may_be_weights
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.listing import Listing
+from ckpt_convert.storage.object_store import AT_ONCE
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.remote.web import WebStore
 from ckpt_convert.tensors.pool import map_threaded
-
-_REQUESTS = 32
-"""Names that are asked for at a time."""
 
 
 def locate_on_web(place: Place) -> Place:
@@ -64,7 +62,7 @@ def _known(store: WebStore, path: PurePosixPath, files: Mapping[str, Entry]) -> 
 def _ask(store: WebStore, path: PurePosixPath, names: Iterable[str]) -> dict[str, Entry]:
     """Those of the names that are there, by full name."""
     full = sorted({str(path / name) for name in names})
-    answers = map_threaded(store.entry, full, min(_REQUESTS, max(1, len(full))))
+    answers = map_threaded(store.entry, full, min(AT_ONCE, max(1, len(full))))
     return {name: entry for name, entry in zip(full, answers, strict=True) if entry is not None}
 
 

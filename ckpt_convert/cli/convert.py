@@ -16,7 +16,7 @@ from ckpt_convert.cli.tree import in_short
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.config import AXES
-from ckpt_convert.storage.place import checked_place
+from ckpt_convert.storage.place import output_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 from ckpt_convert.wording import human_bytes
 
@@ -151,7 +151,7 @@ def _convert(
             from ckpt_convert.cli.plan import show_plan
 
             plan = api.plan_conversion(src, **options)
-            show_plan(plan, checked_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
+            show_plan(plan, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.convert_checkpoint(

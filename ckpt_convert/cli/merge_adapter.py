@@ -12,7 +12,7 @@ from ckpt_convert.cli.convert import parse_size, show_report
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
-from ckpt_convert.storage.names import local_path
+from ckpt_convert.storage.place import output_place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
 _CONTAINERS = list(dict.fromkeys(name for format in formats.ALL.values() for name in format.containers))
@@ -82,7 +82,7 @@ def merge_adapter(
             from ckpt_convert.cli.plan import show_plan
 
             plan = api.plan_merge(base, adapter, **options)
-            show_plan(plan, local_path(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
+            show_plan(plan, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.merge_adapter(

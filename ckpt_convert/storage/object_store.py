@@ -13,11 +13,20 @@ from ckpt_convert.errors import CorruptFileError, UsageError
 from ckpt_convert.storage.base import Entry, FileKind, require_regular_file
 from ckpt_convert.storage.listing import Listing, name_prefix
 
-WINDOW = 1 << 18
-"""Bytes fetched by a small read: a header is read in several steps, and most are smaller than this."""
+EDGE = 1 << 18
+"""Bytes fetched at once at the start of a file, where headers are, and at its end, where zip archives list theirs."""
 
-_WINDOWS = 4
-"""Windows that are cached, such as the start of a file and the end, where zip archives have their directory."""
+WINDOW = 1 << 14
+"""Bytes fetched by a small read anywhere else: what is read there is smaller, and far from the next."""
+
+CHUNK = 4 << 20
+"""Bytes of a request for a range that is going to be read whole."""
+
+AT_ONCE = 32
+"""Requests on their way at a time, where many small ones are made: each waits for the network most of its time."""
+
+_WINDOWS = 64
+"""Windows that are cached."""
 
 _GAP = 1 << 18
 """Ranges no further apart than this are read in one request: the bytes between cost less than another request."""
@@ -32,6 +41,7 @@ class ObjectFile:
         self.size = identity.size
         self._fetch = fetch
         self._windows: dict[int, bytes | memoryview] = {}
+        self._gates: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[ObjectFile], tuple[object, ...]]:
@@ -39,28 +49,56 @@ class ObjectFile:
         return ObjectFile, (self.name, self.identity, self._fetch)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
-        if offset + len(buffer) > self.size:
-            raise CorruptFileError(
-                f"{self.name}: ends at byte {self.size}, {offset + len(buffer) - self.size} bytes too early; "
-                "it was cut while it was being read"
-            )
+        self._check_end(offset, len(buffer))
         if not len(buffer):
             return
-        start = offset // WINDOW * WINDOW
-        if offset + len(buffer) <= start + WINDOW:
-            buffer[:] = self._window(start)[offset - start :][: len(buffer)]
-        else:
-            buffer[:] = self._fetch(offset, len(buffer))
+        start, stop = self._window_at(offset)
+        if offset + len(buffer) <= stop:
+            buffer[:] = self._window(start, stop)[offset - start :][: len(buffer)]
+            return
+        known = self._windows.get(start, b"")[offset - start :]  # such as the beginning of a long header
+        buffer[: len(known)] = known
+        buffer[len(known) :] = self._fetch(offset + len(known), len(buffer) - len(known))
 
-    def _window(self, start: int) -> bytes | memoryview:
+    def fetch_into(self, offset: int, buffer: memoryview) -> None:
+        """``readinto`` in one request, for exactly these bytes."""
+        self._check_end(offset, len(buffer))
+        buffer[:] = self._fetch(offset, len(buffer))
+
+    def forget(self) -> None:
+        """Drop what is cached: the header has been read, and there may be many files."""
         with self._lock:
-            found = self._windows.pop(start, None)
-        if found is None:
-            found = self._fetch(start, min(WINDOW, self.size - start))
+            self._windows.clear()
+            self._gates.clear()
+
+    def _check_end(self, offset: int, nbytes: int) -> None:
+        if offset + nbytes > self.size:
+            raise CorruptFileError(
+                f"{self.name}: ends at byte {self.size}, {offset + nbytes - self.size} bytes too early; "
+                "it was cut while it was being read"
+            )
+
+    def _window_at(self, offset: int) -> tuple[int, int]:
+        """The first byte of the window with this byte, and the one after its last."""
+        tail = max(EDGE, self.size - EDGE)
+        if offset < EDGE or offset >= tail:
+            return (0, min(EDGE, self.size)) if offset < EDGE else (tail, self.size)
+        start = offset // WINDOW * WINDOW
+        return start, min(start + WINDOW, tail)
+
+    def _window(self, start: int, stop: int) -> bytes | memoryview:
+        with self._lock:
+            gate = self._gates.setdefault(start, threading.Lock())
+        with gate:  # of several threads that want one window, one fetches it
+            found = self._windows.get(start)
+            if found is None:
+                found = self._fetch(start, stop - start)
         with self._lock:
             self._windows[start] = found
             if len(self._windows) > _WINDOWS:
-                self._windows.pop(next(iter(self._windows)))
+                oldest = next(iter(self._windows))
+                self._windows.pop(oldest)
+                self._gates.pop(oldest, None)
         return found
 
     def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:
@@ -83,8 +121,7 @@ class ObjectFile:
             buffer[:] = data[offset - first :][: len(buffer)]
 
     def close(self) -> None:
-        with self._lock:
-            self._windows.clear()
+        self.forget()
 
     def __enter__(self) -> Self:
         return self
@@ -93,6 +130,42 @@ class ObjectFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class ReadAhead:
+    """Reads a range of a file in few requests, for one thread that reads it bit by bit, and roughly in order.
+
+    Nothing outside the range is read; two chunks are kept, as reordered rows go back and forth a little.
+    """
+
+    def __init__(self, file: ObjectFile, start: int, stop: int) -> None:
+        self._file = file
+        self._start = start
+        self._stop = stop
+        self._chunks: dict[int, memoryview] = {}
+
+    def covers(self, offset: int, nbytes: int) -> bool:
+        return self._start <= offset and offset + nbytes <= self._stop
+
+    def readinto(self, offset: int, buffer: memoryview) -> None:
+        """As that of the file, within the range."""
+        while len(buffer):
+            number = (offset - self._start) // CHUNK
+            at = offset - self._start - number * CHUNK
+            part = self._chunk(number)[at : at + len(buffer)]
+            buffer[: len(part)] = part
+            offset, buffer = offset + len(part), buffer[len(part) :]
+
+    def _chunk(self, number: int) -> memoryview:
+        found = self._chunks.get(number)
+        if found is None:
+            start = self._start + number * CHUNK
+            spare = self._chunks.pop(next(iter(self._chunks))) if len(self._chunks) == 2 else None
+            whole = spare if spare is not None and len(spare) == CHUNK else memoryview(bytearray(CHUNK))
+            found = whole[: min(CHUNK, self._stop - start)]
+            self._file.fetch_into(start, found)
+            self._chunks[number] = found
+        return found
 
 
 class ObjectStore(ABC):

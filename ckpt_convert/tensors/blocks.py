@@ -46,9 +46,14 @@ class BlockReader:
         self.overflowed += overflowed
         return made.data
 
+    def expect(self, tensor: LazyTensor, dtype: str) -> None:
+        """Announce that the blocks of a tensor are going to be read."""
+        self._gatherer.expect(tensor, dtype)
+
     def blocks(self, tensor: LazyTensor, source: str, target: str) -> Iterator[tuple[int, memoryview]]:
         """(byte offset, bytes) of the tensor, in order; the bytes are valid until the next block."""
         bits = dtypes.DTYPES[target].bits
+        self.expect(tensor, source)
         for offset, block in tensor.blocks(block_elements(source, target)):
             yield offset * bits // 8, self.read(block, source, target)
 
@@ -67,6 +72,8 @@ def first_difference(
 ) -> int | None:
     """The first byte at which two tensors of one shape differ, ``left`` cast to ``right``'s dtype; None if equal."""
     bits = dtypes.DTYPES[right.dtype].bits
+    left_reader.expect(left.tensor, left.dtype)
+    right_reader.expect(right.tensor, right.dtype)
     for offset, (mine, theirs) in aligned_blocks((left.tensor, right.tensor), block_elements(left.dtype, right.dtype)):
         # As numpy arrays, which compare some twenty times faster than memoryviews.
         expected = np.frombuffer(left_reader.read(mine, left.dtype, right.dtype), np.uint8)

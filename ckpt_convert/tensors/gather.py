@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from ckpt_convert import dtypes
+from ckpt_convert.storage.object_store import ObjectFile, ReadAhead
 from ckpt_convert.tensors.header import StoredTensor
 from ckpt_convert.tensors.lazy import SCRATCH, ZEROS, LazyTensor
 
@@ -35,6 +36,28 @@ class StridedReader:
     def __init__(self, stored: StoredTensors, scratch: int | None = None) -> None:
         self._stored = stored
         self._scratch = np.empty(scratch or SCRATCH, np.uint8)
+        self._ahead: dict[int, list[ReadAhead]] = {}
+
+    def expect(self, tensor: LazyTensor, dtype: str) -> None:
+        """Announce that all of a tensor is going to be read: from a store, in large requests."""
+        self._ahead = {}
+        bits = dtypes.DTYPES[dtype].bits
+        for copy in tensor.copies():
+            reader = None if copy.source == ZEROS else self._stored[copy.source][0].reader
+            if not isinstance(reader, ObjectFile):
+                continue
+            span = 1 + sum((count - 1) * source for count, source, _ in copy.dims)
+            if span <= _WASTE * prod(count for count, _, _ in copy.dims):
+                start = self._stored[copy.source][1].offset + copy.source_offset * bits // 8
+                ahead = ReadAhead(reader, start, start + -(-span * bits // 8))
+                self._ahead.setdefault(id(reader), []).append(ahead)
+
+    def _read(self, reader: Any, offset: int, buffer: memoryview) -> None:
+        for ahead in self._ahead.get(id(reader), ()):
+            if ahead.covers(offset, len(buffer)):
+                ahead.readinto(offset, buffer)
+                return
+        reader.readinto(offset, buffer)
 
     def read_into(self, tensor: LazyTensor, dtype: str, buffer: np.ndarray[Any, Any]) -> None:
         """Fill ``buffer`` (uint8, exactly the tensor's size in bytes) with the tensor, dense and row-major."""
@@ -73,13 +96,13 @@ class StridedReader:
             file, stored = self._stored[copy.source]
             start = copy.target_offset * bits // 8
             view = buffer.data[start : start + count * bits // 8]
-            file.reader.readinto(stored.offset + copy.source_offset * bits // 8, view)
+            self._read(file.reader, stored.offset + copy.source_offset * bits // 8, view)
 
     def _copy(self, reader: Any, offset: int, target: np.ndarray[Any, Any], dims: CopyDims, item: int) -> None:
         """Read elements at ``offset`` into the start of ``target``, with the strides of ``dims``."""
         if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
             nbytes = (dims[0][0] if dims else 1) * item
-            reader.readinto(offset, target.data[:nbytes])
+            self._read(reader, offset, target.data[:nbytes])
             return
         if isinstance(reader, GatheringReader) and reader.gather(offset, dims, target, item):
             return
@@ -87,7 +110,7 @@ class StridedReader:
         wanted = prod(count for count, _, _ in dims)
         if span * item <= len(self._scratch) and (span <= _WASTE * wanted or span * item <= 1 << 16):
             cover = self._scratch[: span * item]
-            reader.readinto(offset, cover.data)
+            self._read(reader, offset, cover.data)
             shape = [count for count, _, _ in dims]
             element = np.dtype(f"V{item}") if item not in (1, 2, 4, 8) else np.dtype(f"u{item}")
             length = 1 + sum((count - 1) * step for count, _, step in dims)

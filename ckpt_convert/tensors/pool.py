@@ -79,6 +79,8 @@ def run_threaded(
 
 def map_threaded(do: Callable[[T], R], items: Iterable[T], workers: int) -> list[R]:
     """``do(item)`` for every item in a few threads, in item order; raises the first error in that order."""
+    if workers == 1:
+        return [do(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(do, items))
 

@@ -8,11 +8,14 @@ PKWARE's APPNOTE.TXT 6.3.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ckpt_convert.errors import CorruptFileError, UnsafeFileError
 from ckpt_convert.storage.base import RangeReader, read_range
+from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
+from ckpt_convert.tensors.pool import map_threaded
 
 _LOCAL = struct.Struct("<4s5H3I2H")
 _CENTRAL = struct.Struct("<4s6H3I5H2I")
@@ -62,9 +65,8 @@ def list_members(reader: RangeReader) -> dict[str, Member]:
     if len(entries) != count:
         raise _corrupt(reader, f"the zip directory should list {count} members, but lists {len(entries)}")
     found: dict[str, Member] = {}
-    for number, entry in enumerate(entries):
-        limit = entries[number + 1].local if number + 1 < len(entries) else start
-        member = _locate(reader, entry, limit)
+    limits = [*(entry.local for entry in entries[1:]), start]
+    for member in _located(reader, entries, limits):
         if member.name in found:
             raise _corrupt(reader, f"a zip member's name should be unique, but there are two called {member.name!r}")
         found[member.name] = member
@@ -161,6 +163,13 @@ def _check_storage(name: str, member: bytes, flags: int, method: int, size: int,
             f"{size}), so that its tensors cannot be read in place; load it with torch and torch.save it again, "
             "or repack it with zip -0"
         )
+
+
+def _located(reader: RangeReader, entries: Sequence[_Entry], limits: Sequence[int]) -> Iterable[Member]:
+    """The members, whose local headers are all over the file: of a file in a store, many are read at a time."""
+    if not isinstance(reader, ObjectFile):
+        return map(partial(_locate, reader), entries, limits)
+    return map_threaded(lambda pair: _locate(reader, *pair), zip(entries, limits, strict=True), AT_ONCE)
 
 
 def _locate(reader: RangeReader, entry: _Entry, limit: int) -> Member:

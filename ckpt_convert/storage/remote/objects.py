@@ -6,6 +6,7 @@ import contextlib
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import IO, Any, TypeVar
 
 from ckpt_convert.errors import (
@@ -95,9 +96,7 @@ class ObjectStorage(ObjectStore):
         identity = expected or self.entry(name)
         if identity is None:
             raise UnsafeFileError(f"{self.label(name)}: is not a regular file, or not there (any more)")
-        return ObjectFile(
-            called or self.label(name), identity, lambda offset, nbytes: self._fetch(name, identity, offset, nbytes)
-        )
+        return ObjectFile(called or self.label(name), identity, partial(self._fetch, name, identity))
 
     def _fetch(self, name: str, identity: Entry, offset: int, nbytes: int) -> memoryview:
         """A range of an object, if the object is the one that was seen first."""
