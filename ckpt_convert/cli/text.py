@@ -22,7 +22,8 @@ from ckpt_convert.wording import with_unit
 
 _GAP = "  "
 _SECRETS = (
-    (re.compile(r"(\w+://)(?:[^/@]*@)?([^?]*\??).*", re.DOTALL), r"\1\2"),
+    (re.compile(r"(https?://)[^/@]*@|(\w+://)[^/@:]*:[^/@]*@"), r"\1\2"),
+    (re.compile(r"(\w+://[^?]*\?).+", re.DOTALL), r"\1…"),
     (re.compile(r"([\w-]*(?:key|token|secret|password|credential|sas)[\w-]*=).+", re.IGNORECASE | re.DOTALL), r"\1…"),
 )
 """What may be secret in a word of a command: user and query of an address (signed), the value of such a setting."""

@@ -744,6 +744,7 @@ class TestDetails:
             ("org/name", "name"),
             ("a.safetensors", "a.safetensors"),
             ("https://host/hf", "host/hf"),
+            ("s3://hf", "hf"),
             ("/", "/"),
         ],
     )
@@ -779,8 +780,11 @@ class TestDetails:
     @pytest.mark.parametrize(
         ("word", "shown"),
         [
-            ("https://me:pass@host/a?X-Sig=abc", "https://host/a?"),
-            ("--config=https://host/a?X-Sig=abc", "--config=https://host/a?"),
+            ("https://me:pass@host/a?X-Sig=abc", "https://host/a?…"),
+            ("https://token@host/a", "https://host/a"),
+            ("s3://key:secret@bucket/a", "s3://bucket/a"),
+            ("abfss://container@account/a", "abfss://container@account/a"),
+            ("--config=https://host/a?X-Sig=abc", "--config=https://host/a?…"),
             ("secret_access_key=abc", "secret_access_key=…"),
             ("--filter=*.mlp.*", "--filter=*.mlp.*"),
         ],

@@ -6,7 +6,7 @@ import json
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import numpy as np
@@ -22,6 +22,9 @@ from tests.checkpoint.quantizing import fp8_llama
 from tests.cli.test_schemas import check, schema
 from tests.command import run
 from tests.helpers import GOLDEN, read_meta, read_safetensors
+
+if TYPE_CHECKING:  # they take a while to import
+    from tests.servers.s3 import Bucket, S3Server
 
 HF, META = GOLDEN / "llama" / "hf", GOLDEN / "llama" / "meta-mp2"
 NORM = "model.norm.weight"
@@ -254,6 +257,24 @@ def sparse(path: Path, shape: tuple[int, ...]) -> Path:
         file.write(struct.pack("<Q", len(header)) + header)
         file.truncate(8 + len(header) + size)
     return path
+
+
+class TestFar:
+    """A checkpoint in a store is shown as one on a disk is, in a few requests."""
+
+    def test_in_a_bucket(self, bucket: Bucket, s3_server: S3Server) -> None:
+        for file in HF.iterdir():
+            bucket.put(f"hf/{file.name}", file.read_bytes())
+        key = "model.layers.1.self_attn.q_proj.weight"
+        for words in ((f"{key}[0:2]",), ("layers.1.attention.wq.weight[5]", "--as", "meta")):
+            assert printed(f"s3://{bucket.name}/hf", *words) == printed(HF, *words)
+
+    def test_of_a_large_file_a_window_is_fetched(self, bucket: Bucket, s3_server: S3Server) -> None:
+        whole = torch.arange(2_000_000, dtype=torch.float32).reshape(2000, 1000)
+        bucket.put("m.safetensors", safetensors.torch.save({"w": whole}))
+        s3_server.log.clear()
+        assert printed(f"s3://{bucket.name}/m.safetensors", "w[1500, 10:20]") == str(whole[1500, 10:20])
+        assert s3_server.log.sent() < 600_000
 
 
 class TestRefusals:

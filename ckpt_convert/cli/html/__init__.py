@@ -78,7 +78,7 @@ def _json(value: object) -> str:
 def _name(path: object) -> str:
     """What a checkpoint is called: its Hub id, or its directory, with the one above where "hf" says little."""
     text = str(path)
-    parts = [part for part in text.split("/") if part not in ("", ".")]
+    parts = [part for part in (text.partition("://")[2] or text).split("/") if part not in ("", ".")]
     cached = next((part for part in parts if part.startswith(_CACHED)), None)
     if cached is not None:
         return cached.removeprefix(_CACHED).replace("--", "/")
