@@ -38,19 +38,19 @@ HERE, ELSEWHERE = Beat(7, {"save": 4}, {"": 0}), Beat(7, {"save": 3, "": 9}, {})
 
 
 def test_a_slow_rank_is_waited_for_as_long_as_it_lives() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     watch(vigil, clock, 20 * 60, HERE)
     assert (vigil.silent, vigil.away()) == ([], [])
 
 
 def test_a_rank_in_a_call_of_several_turns_takes_part_in_those_that_are_to_come() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     watch(vigil, clock, 20 * 60, ELSEWHERE._replace(inside={"save": 1}))
     assert (vigil.silent, vigil.away()) == ([], [])
 
 
 def test_a_rank_that_says_nothing_more_is_gone_within_a_few_beats_of_the_time() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     watch(vigil, clock, 100, HERE)
     watch(vigil, clock, SILENCE - BEAT, HERE, alive=False)
     assert not vigil.silent
@@ -58,8 +58,19 @@ def test_a_rank_that_says_nothing_more_is_gone_within_a_few_beats_of_the_time() 
     assert vigil.silent == [2]
 
 
+def test_a_rank_that_was_found_to_be_gone_is_not_waited_for_again_unless_it_is_heard_of() -> None:
+    gone: dict[int, int] = {}
+    watch(Vigil("save", 4, gone, clock := Clock()), clock, SILENCE + 3 * BEAT, HERE, alive=False)
+    again = Vigil("save", 5, gone, clock)
+    watch(again, clock, 2, HERE, alive=False)
+    assert again.silent == [2]
+    back = Vigil("save", 5, gone, clock)
+    watch(back, clock, 2, HERE._replace(number=HERE.number + 1))
+    assert not back.silent
+
+
 def test_a_rank_that_is_alive_and_does_not_come() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     watch(vigil, clock, 601, ELSEWHERE)
     assert not vigil.silent
     assert vigil.away(600 - BEAT) == [2]
@@ -68,14 +79,14 @@ def test_a_rank_that_is_alive_and_does_not_come() -> None:
 
 
 def test_a_rank_that_has_never_said_anything_is_none_that_is_gone() -> None:
-    vigil = Vigil("", 1, clock := Clock())
+    vigil = Vigil("", 1, {}, clock := Clock())
     watch(vigil, clock, 601, None)
     assert not vigil.silent
     assert vigil.away(600 - BEAT) == [2]
 
 
 def test_time_in_which_this_process_was_stopped_does_not_count_against_others() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     watch(vigil, clock, BEAT, HERE)
     clock.now += 3600
     watch(vigil, clock, 1, HERE, alive=False)
@@ -83,7 +94,7 @@ def test_time_in_which_this_process_was_stopped_does_not_count_against_others() 
 
 
 def test_it_is_said_whom_this_one_waits_for_at_times_that_double() -> None:
-    vigil = Vigil("save", 4, clock := Clock())
+    vigil = Vigil("save", 4, {}, clock := Clock())
     said = []
     for _ in range(600):
         watch(vigil, clock, 1, HERE)

@@ -79,6 +79,8 @@ class Line:
         self._origin = store  # the process that serves it does so as long as this is there
         self._store = store.clone()
         self._is_dead = False
+        self.gone: dict[int, int] = {}
+        """The ranks that were found to be gone, each with its last number: they are not waited for a second time."""
         self.heart = Heart(self._store, key)
         self._thread = CallThread("ckpt-convert-ranks", self.heart.beat, BEAT)
         self.call("set", key, "[0, {}, {}]")
@@ -127,8 +129,11 @@ class Vigil:
     Time in which this process could not look, because it was stopped itself, does not count against the others.
     """
 
-    def __init__(self, channel: str, turn: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._channel, self._turn, self._clock = channel, turn, clock
+    def __init__(
+        self, channel: str, turn: int, gone: dict[int, int], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """``gone`` are the ranks that were found to be so, with their last numbers; others are added."""
+        self._channel, self._turn, self._gone, self._clock = channel, turn, gone, clock
         self._seen: dict[int, _Seen] = {}
         self._looked = clock()
         self._report_at = PATIENCE
@@ -155,11 +160,15 @@ class Vigil:
             number = None if beat is None else beat.number
             seen.silent = seen.silent + passed if number is not None and number == seen.number else 0.0
             seen.number = number
+            if number is not None and seen.silent >= SILENCE:
+                self._gone[rank] = number
 
     @property
     def silent(self) -> list[int]:
         """The ranks that are gone: they were alive once, and are not heard of any more."""
-        return [rank for rank, seen in self._seen.items() if seen.silent >= SILENCE]
+        return [
+            rank for rank, seen in self._seen.items() if seen.number is not None and self._gone.get(rank) == seen.number
+        ]
 
     def away(self, seconds: float = 0.0) -> list[int]:
         """The ranks that have taken no part for longer than so many seconds."""

@@ -141,9 +141,10 @@ class Ranks:
         if not self.is_first:
             self._put(f"{turn}/{self.rank}", outcome)
             return self._heard(turn, what, error)
-        outcomes = [outcome, *self._others(turn, what)]
+        others, lost = self._others(turn, what)
+        outcomes = [outcome, *others]
         self._forget()
-        failed = [one for one in outcomes if one[:1] == _FAILED]
+        failed = [*lost, *(one for one in outcomes if one[:1] == _FAILED)]
         answers = [_joined(failed, self.count)]
         if not failed:
             try:
@@ -188,8 +189,8 @@ class Ranks:
     def _failure(self, error: Exception) -> bytes:
         return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}", error_text(error))
 
-    def _others(self, turn: int, what: str) -> list[bytes]:
-        """What the other ranks say in this turn, in their order; where some say nothing, what failed, and that."""
+    def _others(self, turn: int, what: str) -> tuple[list[bytes], list[bytes]]:
+        """What the other ranks say in this turn, in their order; and that some say nothing, as a failure."""
         left = list(range(1, self.count))
         heard: list[bytes] = []
         wait = _Wait(self, turn, what)
@@ -203,9 +204,9 @@ class Ranks:
             missing = [rank for rank in left if not self._has(f"{turn}/{rank}")] if closed or wait.vigil.is_due else []
             absent = [rank for rank in missing if closed and self._has_left(rank)]
             if missing and (lost := self._absence(absent, what) if absent else wait.lost(missing)):
-                return [*(one for one in heard if one[:1] == _FAILED), lost]
+                return heard, [lost]
             wait.pause()
-        return heard
+        return heard, []
 
     def _heard(self, turn: int, what: str, cause: Exception | None = None) -> bytes:
         """What the first rank answers."""
@@ -358,7 +359,7 @@ class _Wait:
 
     def __init__(self, ranks: Ranks, turn: int, what: str) -> None:
         self._ranks, self._what = ranks, what
-        self.vigil = Vigil(ranks.name, turn)
+        self.vigil = Vigil(ranks.name, turn, ranks.line.gone)
         self.pause = _Pause()
 
     def lost(self, missing: Sequence[int]) -> bytes | None:
