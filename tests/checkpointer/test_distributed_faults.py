@@ -319,6 +319,32 @@ def differ(here: Path) -> str:
 
 
 def test_options_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
-    said = pool.run(differ, tmp_path)
-    assert said[0] == said[1]
-    assert "rank 1: save_every is every 3 steps, on rank 0 every 2 steps" in said[0]
+    (text,) = set(pool.run(differ, tmp_path))
+    assert text == (
+        f"rank 0 on {HOST}: the ranks were given different options:\n"
+        "    rank 1: save_every is every 3 steps, on rank 0 every 2 steps"
+    )
+
+
+def differ_in_a_save(here: Path) -> str:
+    """Save a step, after which the model of one rank is another."""
+    model = split(make_model(), "ddp")
+    with Checkpointer(LLAMA, here / "out", contents="weights", save_every=1, save_last=False) as checkpointer:
+        checkpointer.register(model=model)
+        checkpointer.step()
+        if dist.get_rank() == 1:
+            model.double()
+        with pytest.raises(UsageError) as raised:
+            checkpointer.step()
+    return str(raised.value)
+
+
+def test_layouts_that_differ_between_ranks_at_a_later_save(pool: Pool, tmp_path: Path) -> None:
+    (text,) = set(pool.run(differ_in_a_save, tmp_path, world=3))
+    first, second, *_ = text.splitlines()
+    assert first == f"rank 0 on {HOST}: the ranks do not hold one model together:"
+    assert second == (
+        "    tok_embeddings.weight, and 1 more that are held alike: rank 1 has float64 [56, 72], ranks before it "
+        "float32 [56, 72]"
+    )
+    assert sorted(path.name for path in (tmp_path / "out").glob("*step_*")) == ["step_1"]

@@ -99,6 +99,31 @@ def test_a_straggler_is_waited_for_and_named_on_the_first_rank(
     assert sums(LLAMA).items() <= sums(tmp_path / "out" / "step_1").items()
 
 
+def skip_a_call(here: Path) -> str:
+    """Rank 1 does not make the call of the others, until they have given up."""
+    with (
+        mock.patch.multiple(heartbeat, BEAT=0.05),
+        mock.patch.object(ranks, "DEADLINE", 1.0),
+        Checkpointer(LLAMA, here / "out", contents="weights", save_every=1, save_last=False) as checkpointer,
+    ):
+        checkpointer.register(model=split(make_model(), "ddp"))
+        if dist.get_rank() == 1:
+            until(here / "given up")
+        with pytest.raises(CkptConvertError) as raised:
+            checkpointer.step()
+        (here / "given up").touch()
+    return str(raised.value)
+
+
+def test_a_rank_that_is_alive_and_makes_another_call_is_waited_for_until_the_deadline(
+    pool: Pool, tmp_path: Path
+) -> None:
+    assert set(pool.run(skip_a_call, tmp_path, world=3)) == {
+        f"rank 1 on {HOST}: took no part in comparing who holds what in save() within 1 s; every process makes the "
+        "same calls of the checkpointer, so it waits elsewhere, or makes no checkpointer"
+    }
+
+
 def interrupt(here: Path, rank: int, act: Callable[[], None]) -> tuple[str, float]:
     """Save a step, in which something happens to a rank while it writes; what is raised, and how soon."""
     write = shared._Shared.write
