@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
+from ckpt_convert.checkpoint.selection import as_globs, matches_glob, nearest_names
 from ckpt_convert.errors import UsageError
 from ckpt_convert.wording import indented_list
 
@@ -32,12 +31,12 @@ class Selection:
         cls, include: Sequence[str] | str | None, exclude: Sequence[str] | str | None, weights_only: bool
     ) -> Selection:
         """The choice that ``resume`` was asked for; one glob may be given as it is."""
-        return cls(None if include is None else _globs(include), _globs(exclude), weights_only)
+        return cls(None if include is None else as_globs(include), as_globs(exclude), weights_only)
 
     def __call__(self, name: str) -> bool:
         if (self.weights_only and _head(name) != MODEL) or name.removeprefix(f"{MODEL}/") in self.elsewhere:
             return False
-        return (self.include is None or _matches(name, self.include)) and not _matches(name, self.exclude)
+        return (self.include is None or matches_glob(name, self.include)) and not matches_glob(name, self.exclude)
 
     def without(self, elsewhere: Collection[str]) -> Selection:
         """The same for one of several ranks, of which others load these keys of the model."""
@@ -46,16 +45,16 @@ class Selection:
     @property
     def progress(self) -> bool:
         """Whether the counters continue: unless they are excluded by name."""
-        return not _matches(PROGRESS, self.exclude)
+        return not matches_glob(PROGRESS, self.exclude)
 
     def check(self, names: Collection[str]) -> None:
         """Raise UsageError for a glob that matches none of the names, and if nothing is left to load."""
         everything = [*names, *(name for name in KNOWN if name not in names)]
         for option, globs in (("include", self.include or ()), ("exclude", self.exclude)):
             for glob in globs:
-                if not any(_matches(name, (glob,)) for name in everything):
+                if not any(matches_glob(name, (glob,)) for name in everything):
                     raise UsageError(
-                        f"{option}={glob!r}: matches nothing{_nearest(glob, everything)}{_names(everything)}"
+                        f"{option}={glob!r}: matches nothing{nearest_names(glob, everything)}{_names(everything)}"
                     )
         if not any(self(name) for name in (*names, PROGRESS)):
             raise UsageError(
@@ -64,50 +63,8 @@ class Selection:
             )
 
 
-def select_keys(
-    keys: Collection[str], include: Sequence[str] | str | None, exclude: Sequence[str] | str | None
-) -> Callable[[str], bool]:
-    """Whether a tensor is to be loaded, by its key: a glob denotes keys, or a module, which is all keys below it.
-
-    Raises UsageError for a glob that matches none of the keys, and if no key is left.
-    """
-    included, excluded = None if include is None else _globs(include), _globs(exclude)
-    for option, globs in (("include", included or ()), ("exclude", excluded)):
-        for glob in globs:
-            if not any(_matches(key, (glob,), ".") for key in keys):
-                raise UsageError(f"{option}={glob!r}: matches no key{_nearest(glob, keys) or _examples(keys)}")
-
-    def is_wanted(key: str) -> bool:
-        return (included is None or _matches(key, included, ".")) and not _matches(key, excluded, ".")
-
-    if (included is not None or excluded) and not any(map(is_wanted, keys)):
-        raise UsageError(f"include={included}, exclude={excluded}: leave no tensor to load; leave out one of them")
-    return is_wanted
-
-
-def _globs(given: Sequence[str] | str | None) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given or ())
-
-
 def _head(name: str) -> str:
     return name.partition("/")[0]
-
-
-def _matches(name: str, globs: Sequence[str], separator: str = "/") -> bool:
-    if not globs:
-        return False
-    parts = name.split(separator)
-    heads = [separator.join(parts[:end]) for end in range(1, len(parts) + 1)]
-    return any(fnmatchcase(head, glob) for glob in globs for head in heads)
-
-
-def _nearest(glob: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(glob, names, 3, 0.6)
-    return f" (did you mean {', '.join(near)}?)" if near else ""
-
-
-def _examples(keys: Collection[str]) -> str:
-    return f"; the keys are:{indented_list(sorted(keys))}"
 
 
 def _names(names: Sequence[str]) -> str:

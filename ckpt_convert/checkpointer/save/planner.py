@@ -15,11 +15,12 @@ from ckpt_convert.adapters.parameters import SplitTensors
 from ckpt_convert.adapters.peft_files import load_into
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpoint.selection import select_keys
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned, names_elsewhere
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.slices import copy_slice
 from ckpt_convert.checkpointer.live import loading
-from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, select_keys
+from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
     MemoryRanges,
