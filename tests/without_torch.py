@@ -45,6 +45,8 @@ COMMANDS: list[tuple[str, ...]] = [
     ("convert", LLAMA, "planned", "--to", "meta", "--model-parallel", "2", "--dry-run"),
     ("convert", LLAMA, "dcp", "--to", "torchtitan", "--container", "dcp", "-q"),
     ("convert", "dcp", "back", "--to", "hf", "--like", LLAMA, "-q"),
+    ("convert", OLD + "/consolidated.00.pth", "as-stored", "--container", "pt", "-q"),
+    ("convert", OLD + "/consolidated.00.pth", "one-layer", "--include", "layers.0", "-q"),
     ("convert", OLD, "from-before-1.6", "--to", "hf", "-q"),
     ("convert", FP8, "dequantized", "--to", "meta", "--dequantize", "bfloat16", "-q"),
     ("merge-adapter", LLAMA, ADAPTER, "merged", "--to", "meta", "--verify"),

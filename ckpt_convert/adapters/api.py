@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from typing import TypedDict, Unpack
+from typing import Unpack
 
 from ckpt_convert.adapters.merging import AdapterMerge
 from ckpt_convert.adapters.stored import open_adapter
@@ -11,23 +11,13 @@ from ckpt_convert.checkpoint import locate
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.convert.api import Report, RunOptions, SourceOptions, plan_request, run_request
 from ckpt_convert.convert.plan import Plan
-from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.request import OutputOptions, Request, requested
 from ckpt_convert.dtypes import DequantizedDType, OutputDType
 from ckpt_convert.errors import AmbiguousFormatError
 from ckpt_convert.formats.base import ContainerName, FormatName
-from ckpt_convert.storage.place import Location, as_place
+from ckpt_convert.storage.place import Location
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.progress import ProgressCallback
-
-
-class _OutputOptions(TypedDict, total=False):
-    dtype: OutputDType | None
-    dequantize: DequantizedDType | None
-    shards: int | None
-    max_shard_size: int | None
-    model_parallel: int | None
-    container: ContainerName | None
-    allow_overflow: bool
 
 
 def merge_adapter(
@@ -124,7 +114,7 @@ def plan_merge(
     revision: str | None = None,
     adapter_revision: str | None = None,
     like: Location | None = None,
-    **options: Unpack[_OutputOptions],
+    **options: Unpack[OutputOptions],
 ) -> Plan:
     """The plan of ``merge_adapter``, from headers alone."""
     origin = SourceOptions(base, from_format, family, config, revision, like)
@@ -132,10 +122,9 @@ def plan_merge(
         return plan_request(origin, _request(origin, to, **options), AdapterMerge(opened))
 
 
-def _request(origin: SourceOptions, to: str | None, **options: Unpack[_OutputOptions]) -> Request:
+def _request(origin: SourceOptions, to: str | None, **options: Unpack[OutputOptions]) -> Request:
     """The request, to the base's format where ``to`` is None."""
-    like = None if origin.like is None else as_place(origin.like)
-    return Request(to=to or _format_of(origin), like=like, **options)
+    return requested(to=to or _format_of(origin), like=origin.like, **options)
 
 
 @reading()

@@ -28,6 +28,11 @@ def generic_model(config: Mapping[str, Any], scheme: str | None, tensors: Iterab
     return Model(made, why, config, dims, tied, (f"{why}: keys are taken as they are",))
 
 
+def verbatim_model(tensors: Iterable[SourceTensor]) -> Model:
+    """The model of which nothing is known but its tensors, as they are stored."""
+    return Model(generic_family(tensors), "keys as stored", {}, Dims({"tied": 0}).with_embedding_axis(0), False)
+
+
 def generic_family(tensors: Iterable[SourceTensor]) -> Family:
     """The table of exactly these tensors, in Hugging Face's format alone."""
     rows: dict[tuple[int, ...], Row] = {}  # of 100,000 tensors only a few shapes are different

@@ -45,12 +45,19 @@ _ADVICE = {
 """The way out for files of no known format, by kind."""
 
 
+@dataclass(frozen=True)
+class Verbatim:
+    """Tensors are taken as they are stored, whatever the model; ``format`` is the one that was detected, if any."""
+
+    format: str | None
+
+
 @dataclass(frozen=True, eq=False)
 class Identified:
     """Opened files, and what headers, config and record say about them.
 
     Everything is computed on first use, so that a listing does not look for a family. ``dequantized`` is set where the
-    files are those of a quantized checkpoint, read as dequantized values.
+    files are those of a quantized checkpoint, read as dequantized values; ``verbatim`` where the model does not matter.
     """
 
     opened: OpenedFiles
@@ -58,6 +65,7 @@ class Identified:
     hints: Hints = field(default_factory=Hints)
     record: Record | None = None
     dequantized: Dequantized | None = None
+    verbatim: Verbatim | None = None
 
     def close(self) -> None:
         opening.close_files(self.files)
@@ -118,7 +126,7 @@ class Identified:
     @cached_property
     def quantization(self) -> Quantization | None:
         """The quantization, detected from headers and config; None where nothing is quantized."""
-        if self.dequantized is not None or self.format != "hf":
+        if self.dequantized is not None or self.verbatim is not None or self.format != "hf":
             return None
         from ckpt_convert.checkpoint.quantized.detect import detect_quantization
 
@@ -127,7 +135,7 @@ class Identified:
     @cached_property
     def keys(self) -> Keys:
         """The tensors by key. The keys of a quantized checkpoint stay as stored: no table has its scales."""
-        if self.format is None or self.quantization is not None:
+        if self.format is None or self.verbatim is not None or self.quantization is not None:
             return Keys(self.opened)
         tensors = [(tensor.key, tensor.shape) for file in self.files for tensor in file.header.tensors]
         return Keys(self.opened, self._names_of(tensors, self.directory.weight_map or ()))
@@ -188,6 +196,8 @@ class Identified:
             raise AmbiguousFormatError(f"{self.place}: {self.why}; {self.advice}")
         if (cause := diagnosis.zero3_placeholders(self.opened)) is not None:  # of any family: there are no values
             raise KeyMismatchError(f"{self.place}: {cause}")
+        if self.verbatim is not None:
+            return self._verbatim_model
         model = self._model
         if (cause := diagnosis.unmerged_adapter(self.opened)) is not None:
             raise KeyMismatchError(f"{self.place}: {cause}")
@@ -232,6 +242,12 @@ class Identified:
         return generic_model.generic_model(self.config or {}, self.unknown_scheme, self.ranks[0].values())
 
     @cached_property
+    def _verbatim_model(self) -> Model:
+        from ckpt_convert.checkpoint import generic_model
+
+        return generic_model.verbatim_model(self.ranks[0].values())
+
+    @cached_property
     def _passthrough_model(self) -> Model:
         """The model with quantized tensors as stored, after checking them against the family's table."""
         from ckpt_convert.checkpoint.quantized import as_stored
@@ -254,6 +270,8 @@ class Identified:
     def unknown_scheme(self) -> str | None:
         """The config's quant_method, where no rule knows it and the stored tensors do not fit the family's table."""
         if self.format != "hf" or self.dequantized is not None or self.quantization is not None:
+            return None
+        if self.verbatim is not None:
             return None
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
 

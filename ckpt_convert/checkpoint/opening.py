@@ -169,7 +169,7 @@ def detect_format(
         if directory is None:
             raise CheckpointNotFoundError(f"{path}: has no weight files of the {requested} format{_instead(path)}")
         return requested, "as asked for", directory
-    if recorded is not None:
+    if recorded is not None and recorded.format is not None:
         directory = _of_format(path, recorded.format)
         if directory is not None:
             return recorded.format, f"{record.MANIFEST} says so", directory

@@ -101,8 +101,10 @@ class Record:
         return self.directory / RECORD_FOLDER
 
     @property
-    def format(self) -> str:
-        return str(self.manifest["format"])
+    def format(self) -> str | None:
+        """The format of the files; None where they hold tensors as they were stored elsewhere."""
+        said = self.manifest["format"]
+        return None if said is None else str(said)
 
     @property
     def weights_checksum(self) -> str | None:
@@ -279,7 +281,7 @@ def load_record(directory: Place) -> Record | None:
         )
     if "format" not in manifest and "training" in manifest:
         return None  # a saved step that holds only an adapter
-    if manifest.get("format") not in FORMATS:
+    if manifest.get("format", "") not in (*FORMATS, None):
         raise ConfigError(f"{path}: names no format; {_without(directory)}")
     sides = manifest.get("side_files", [])
     sound = isinstance(sides, list) and all(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from fnmatch import fnmatchcase
 
 from ckpt_convert.errors import UsageError
-from ckpt_convert.wording import indented_list
+from ckpt_convert.wording import indented_list, option_text
 
 
 def select_keys(
@@ -21,7 +21,8 @@ def select_keys(
     for option, globs in (("include", included or ()), ("exclude", excluded)):
         for glob in globs:
             if not any(matches_glob(key, (glob,), ".") for key in keys):
-                raise UsageError(f"{option}={glob!r}: matches no key{nearest_names(glob, keys) or _examples(keys)}")
+                near = nearest_names(glob, keys) or _examples(keys)
+                raise UsageError(f"{option_text(option, glob)}: matches no key{near}")
 
     def is_wanted(key: str) -> bool:
         return (included is None or matches_glob(key, included, ".")) and not matches_glob(key, excluded, ".")

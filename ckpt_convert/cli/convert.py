@@ -13,6 +13,7 @@ from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, json_text, plural
 from ckpt_convert.cli.tree import in_short
+from ckpt_convert.convert.plan import UNKNOWN
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models.core.config import AXES
@@ -56,7 +57,9 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
     dequantized, quantized = click.Choice(list(DEQUANTIZED_DTYPES)), source in (None, "hf")
     styles = click.Choice(list(AXES))
     general = [
-        option("--to", type=names, required=True, help="Format of DST."),
+        option("--to", type=names, help="Format of DST (default: every tensor as it is stored)."),
+        option("--include", multiple=True, metavar="GLOB", help="Only these stored keys, or modules; can be repeated."),
+        option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; can be repeated."),
         common.from_format("SRC").parameter,
     ]
     return [
@@ -109,11 +112,17 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
     if to is None:
         title = "Convert SRC to any format, or re-shard it in its own."
-        usage += " A model of no known family stays in Hugging Face's format (--to hf), under its own keys."
+        usage += (
+            " A model of no known family stays in Hugging Face's format (--to hf), under its own keys. Without --to, "
+            "tensors are taken as they are stored, whatever they are of: a .pt, .ckpt or .bin file, or a directory of "
+            "torch.distributed.checkpoint, becomes safetensors, or with --container pt one .pt."
+        )
         examples = [
             "ckpt-convert convert Llama-3.2-1B out --to meta",
             "ckpt-convert convert Llama-3-70B/original out --to meta --model-parallel 2",
             "ckpt-convert convert Llama-3.2-1B out --to hf --max-shard-size 1GB",
+            "ckpt-convert convert last.ckpt out --include state_dict",
+            "ckpt-convert convert step-1000/ out --container pt",
         ]
     else:
         title = f"Convert {FORMAT_TITLES[str(source)]} to {FORMAT_TITLES[to]}."
@@ -179,8 +188,9 @@ def show_report(report: Report, *, as_json: bool, quiet: bool) -> None:
     if as_json:
         return
     rate = report.bytes / max(report.seconds, 1e-3)
+    formats = f"{report.family}: {report.source_format} → {report.target_format}"
     echo(
-        f"{report.family}: {report.source_format} → {report.target_format}, {plural(report.tensors, 'tensor')}, "
+        f"{'as stored' if report.target_format == UNKNOWN else formats}, {plural(report.tensors, 'tensor')}, "
         f"{human_bytes(report.bytes)} in {plural(len(report.files), 'file')}, "
         f"{report.seconds:.1f} s ({human_bytes(int(rate))}/s)"
     )

@@ -160,7 +160,8 @@ def converted_from(checkpoint: Identified) -> str | None:
     if checkpoint.record is None or "training" in checkpoint.record.manifest:
         return None
     source = checkpoint.record.manifest.get("source")
-    return str(source.get("format")) if isinstance(source, dict) else None
+    format = source.get("format") if isinstance(source, dict) else None
+    return str(format) if format is not None else None
 
 
 def document(facts: Facts, tensors: Sequence[TensorInfo], statistics: Statistics | None = None) -> dict[str, Any]:

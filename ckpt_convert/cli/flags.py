@@ -15,30 +15,10 @@ _EXCEPT = {
     "storage_options": "--store-option",
 }
 _OPTIONS = (
-    *(
-        "accept",
-        "allow_loss",
-        "alpha",
-        "allow_overflow",
-        "config",
-        "container",
-        "dequantize",
-        "drop_rope_scaling",
-        "dtype",
-    ),
-    *("family", "format", "format_a", "format_b", "from_format", "like", "max_positions", "max_shard_size"),
-    *(
-        "meta_style",
-        "model_parallel",
-        "overwrite",
-        "resume",
-        "rope_factor",
-        "rope_theta",
-        "shards",
-        "storage_options",
-        "to",
-        "workers",
-    ),
+    *("accept", "allow_loss", "allow_overflow", "alpha", "config", "container", "dequantize", "drop_rope_scaling"),
+    *("dtype", "exclude", "family", "format", "format_a", "format_b", "from_format", "include", "like"),
+    *("max_positions", "max_shard_size", "meta_style", "model_parallel", "overwrite", "resume", "rope_factor"),
+    *("rope_theta", "shards", "storage_options", "to", "workers"),
 )
 FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPTIONS}
 """The flag of each option that messages name."""

@@ -13,7 +13,7 @@ from ckpt_convert.cli import colors, plan_tree
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width
 from ckpt_convert.cli.tree import in_short
 from ckpt_convert.convert import explain
-from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.plan import UNKNOWN, Plan
 from ckpt_convert.storage.by_rename import existing_parent
 from ckpt_convert.storage.place import Place
 from ckpt_convert.wording import human_bytes
@@ -32,8 +32,8 @@ def as_dict(plan: Plan, dst: Place, workers: int) -> dict[str, Any]:
     return {
         "source": str(plan.source.place),
         "destination": str(dst),
-        "source_format": plan.source.format,
-        "target_format": plan.target,
+        "source_format": plan.formats[0] or UNKNOWN,
+        "target_format": plan.formats[1] or UNKNOWN,
         "family": plan.family,
         "evidence": plan.source.evidence,
         "release": plan.source.release,
@@ -86,8 +86,9 @@ def _facts(plan: Plan, dst: Place) -> Iterator[Labelled]:
     """The source, the target and the tensors."""
     source = plan.source
     release = f", sizes of {source.release}" if source.release else ""
-    yield _labelled("source", f"{escape(str(source.place))}  ({source.format}: {source.why})")
-    yield _labelled("target", f"{escape(str(dst))}  ({plan.target})")
+    before, after = (name or "tensors as stored" for name in plan.formats)
+    yield _labelled("source", f"{escape(str(source.place))}  ({before}: {source.why})")
+    yield _labelled("target", f"{escape(str(dst))}  ({after})")
     yield _labelled("family", f"{plan.family}{release}  ({source.evidence})")
     yield _labelled("dims", ", ".join(f"{name} {plan.dims[name]}" for name in SIZES if name in plan.dims))
     if plan.embedding_split is not None:

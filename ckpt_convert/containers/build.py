@@ -16,15 +16,26 @@ TensorSpec = tuple[str, str, tuple[int, ...]]
 
 
 def layout_from_specs(
-    name: str, container: str, specs: Sequence[TensorSpec], metadata: Mapping[str, str]
+    name: str,
+    container: str,
+    specs: Sequence[TensorSpec],
+    metadata: Mapping[str, str],
+    shared: Mapping[str, str] | None = None,
 ) -> FileLayout:
-    """The layout of a new container file ``name`` for tensors of these keys, dtypes and shapes."""
+    """The layout of a new container file ``name`` for tensors of these keys, dtypes and shapes.
+
+    ``shared`` gives for some keys another one with the same tensor, which is stored once: in safetensors its other keys
+    are metadata, as ``safetensors.torch.save_model`` writes and ``load_model`` reads them.
+    """
     if container == "safetensors":
+        own = [spec for spec in specs if spec[0] not in (shared or {})]
         # Wider elements first, so that every tensor is aligned to its element size
-        return safetensors.build(sorted(specs, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), metadata)
+        return safetensors.build(
+            sorted(own, key=lambda spec: -dtypes.DTYPES[spec[1]].bits), {**metadata, **(shared or {})}
+        )
     if container == "dcp":
         return dcp_build.build(specs)
-    return torchzip.build(specs, root=PurePosixPath(name).stem)
+    return torchzip.build(specs, root=PurePosixPath(name).stem, shared=shared)
 
 
 def new_layout(name: str, header: Header) -> FileLayout | None:

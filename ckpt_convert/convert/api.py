@@ -14,11 +14,12 @@ from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import describe_part
+from ckpt_convert.checkpoint.verbatim import as_stored_tensors
 from ckpt_convert.convert import ownership, planning
 from ckpt_convert.convert.changes import TensorChange
-from ckpt_convert.convert.plan import Plan
+from ckpt_convert.convert.plan import UNKNOWN, Plan
 from ckpt_convert.convert.planning import PlanInputs
-from ckpt_convert.convert.request import Request
+from ckpt_convert.convert.request import Globs, Request, requested
 from ckpt_convert.convert.sources import OpenPlan, Sources
 from ckpt_convert.dtypes import DequantizedDType, OutputDType
 from ckpt_convert.errors import (
@@ -34,14 +35,7 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import ContainerName, FormatName
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.place import (
-    Location,
-    Place,
-    StorageOptions,
-    as_place,
-    output_place,
-    with_options,
-)
+from ckpt_convert.storage.place import Location, Place, StorageOptions, output_place, with_options
 from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
 from ckpt_convert.storage.workspace import Stage
 from ckpt_convert.tensors.progress import ProgressCallback
@@ -108,7 +102,9 @@ class RunOptions:
 def plan_conversion(
     src: Location,
     *,
-    to: FormatName,
+    to: FormatName | None = None,
+    include: Globs = (),
+    exclude: Globs = (),
     from_format: FormatName | None = None,
     family: str | None = None,
     config: Location | None = None,
@@ -138,7 +134,10 @@ def plan_conversion(
 
     Args:
         src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
-        to: the target format: "hf", "meta", "native" or "torchtitan".
+        to: the target format: "hf", "meta", "native" or "torchtitan"; None takes every tensor as it is stored, under
+            its own key, whatever the model.
+        include: globs of stored keys, or of modules: only these tensors, within a format or with ``to=None``.
+        exclude: globs of those to leave out.
         from_format: the format of ``src``, where it cannot be detected.
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: the config.json or params.json of a ``src`` that has none.
@@ -167,25 +166,24 @@ def plan_conversion(
     """
     src, config, like = with_options(storage_options, src, config, like)
     origin = SourceOptions(src, from_format, family, config, revision, like)
-    settings = ConfigOptions(
-        rope_factor=rope_factor,
-        rope_theta=rope_theta,
-        max_positions=max_positions,
-        meta_style=meta_style,
-        drop_rope_scaling=drop_rope_scaling,
-    )
-    request = Request(
+    request = requested(
         to=to,
+        include=include,
+        exclude=exclude,
         dtype=dtype,
         dequantize=dequantize,
         shards=shards,
         max_shard_size=max_shard_size,
         model_parallel=model_parallel,
         container=container,
-        like=None if like is None else as_place(like),
+        like=like,
+        rope_factor=rope_factor,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+        meta_style=meta_style,
+        drop_rope_scaling=drop_rope_scaling,
         allow_overflow=allow_overflow,
         allow_loss=allow_loss,
-        config=settings,
     )
     return plan_request(origin, request)
 
@@ -206,6 +204,7 @@ def _plan(
 ) -> tuple[Identified, OpenPlan]:
     """The plan; ``equal`` compares two tensors of the source, where only their bytes say whether they are tied."""
     request.check()
+    request.check_origin(family=origin.family, config=origin.config)
     if origin.like is not None:  # as it was given: an address is refused by its name, and ~ is the home directory
         request = replace(request, like=locate.locate_checkpoint(origin.like, format=request.to))
     place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format)
@@ -214,6 +213,9 @@ def _plan(
         source.close()
         source = _open(origin, place, config, request.config)
     try:
+        if request.verbatim:
+            request.check_within(source.format)
+            source = as_stored_tensors(source, request.selection)
         wanted = dequantize_if_asked(source, request.dequantize)
         imitated = open_identified(request.like, format=request.to) if request.like is not None else None
         given = PlanInputs(wanted, request, imitated, change=change)
@@ -243,7 +245,9 @@ def convert_checkpoint(
     src: Location,
     dst: Location,
     *,
-    to: FormatName,
+    to: FormatName | None = None,
+    include: Globs = (),
+    exclude: Globs = (),
     overwrite: bool = False,
     resume: bool = False,
     verify: bool = False,
@@ -279,7 +283,10 @@ def convert_checkpoint(
     Args:
         src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         dst: the directory to write; its parent is created.
-        to: the target format: "hf", "meta", "native" or "torchtitan".
+        to: the target format: "hf", "meta", "native" or "torchtitan"; None takes every tensor as it is stored, under
+            its own key, whatever the model.
+        include: globs of stored keys, or of modules: only these tensors, within a format or with ``to=None``.
+        exclude: globs of those to leave out.
         overwrite: replace a checkpoint at ``dst``, once the new one is complete.
         resume: continue an interrupted conversion with the same source and options.
         verify: read the output again and compare every tensor with the source, bit for bit, before ``dst`` appears.
@@ -319,25 +326,24 @@ def convert_checkpoint(
     """
     src, dst, config, like = with_options(storage_options, src, dst, config, like)
     origin = SourceOptions(src, from_format, family, config, revision, like)
-    settings = ConfigOptions(
-        rope_factor=rope_factor,
-        rope_theta=rope_theta,
-        max_positions=max_positions,
-        meta_style=meta_style,
-        drop_rope_scaling=drop_rope_scaling,
-    )
-    request = Request(
+    request = requested(
         to=to,
+        include=include,
+        exclude=exclude,
         dtype=dtype,
         dequantize=dequantize,
         shards=shards,
         max_shard_size=max_shard_size,
         model_parallel=model_parallel,
         container=container,
-        like=None if like is None else as_place(like),
+        like=like,
+        rope_factor=rope_factor,
+        rope_theta=rope_theta,
+        max_positions=max_positions,
+        meta_style=meta_style,
+        drop_rope_scaling=drop_rope_scaling,
         allow_overflow=allow_overflow,
         allow_loss=allow_loss,
-        config=settings,
     )
     return run_request(origin, dst, request, RunOptions(overwrite, resume, verify, workers, progress))
 
@@ -402,8 +408,8 @@ def run_request(
     return Report(
         source=str(origin.path),
         destination=str(dst),
-        source_format=str(source.format),
-        target_format=made.target,
+        source_format=made.formats[0] or UNKNOWN,
+        target_format=made.formats[1] or UNKNOWN,
         family=made.family,
         files=[file.name for file in made.weights],
         tensors=made.tensors,

@@ -136,7 +136,8 @@ def auxiliary_notices(source: Identified) -> list[str]:
     """Notices about files that were edited since an earlier conversion wrote them, and files that are not copied."""
     out = []
     if source.record is not None:
-        edited = source.record.edited(own_config=formats.ALL[source.record.format].config is None)
+        format = source.record.format
+        edited = source.record.edited(own_config=format is not None and formats.ALL[format].config is None)
         out += [f"edited or damaged since it was written, and used as it is: {', '.join(edited)}"] if edited else []
     left = skipped_files(source)
     return out + ([f"not copied: {first_few(left, 8, ' …')}"] if left else [])

@@ -51,6 +51,10 @@ def choose_configs(
     ``written`` is torch's name of the dtype of most weights in the output; ``ranks`` is the number of ranks that
     params.json is for, which split the embedding on the axis ``cut`` where there is a choice.
     """
+    if source.verbatim is not None:
+        own = source.config_file if source.place.is_folder() else None
+        there = own is not None and own.is_regular_file()
+        return ConfigFiles((auxiliary_files.file_from("config.json", "copied", own),) if own and there else ())
     config, origin = _config(source, model, request, like, written)
     files = [AuxiliaryFile.of(record.CONFIG, origin, config)]
     notices: tuple[str, ...] = _token_notice(model) if source.format == "meta" and origin == "generated" else ()

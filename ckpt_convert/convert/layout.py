@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
@@ -13,7 +13,7 @@ from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.build import has_pieces, layout_from_specs
 from ckpt_convert.convert.writing import Original, TargetTensor
 from ckpt_convert.errors import option_error
-from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor
+from ckpt_convert.tensors.header import FileLayout, Header, StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor
 
 
@@ -50,13 +50,19 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Assignment:
-    """The targets of one file, in order."""
+    """The targets of one file, in order; ``shared`` are the keys of those that are another one's tensor."""
 
     name: str
     rank: int
     container: str
     targets: tuple[TargetTensor, ...]
     metadata: Mapping[str, str]
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+    def with_shared(self, shared: Mapping[str, str]) -> Assignment:
+        """The same with those of the shared tensors of which it has both keys."""
+        keys = {target.key for target in self.targets}
+        return replace(self, shared={key: other for key, other in shared.items() if key in keys and other in keys})
 
 
 def layout_like(
@@ -105,7 +111,25 @@ def new_layout(assignments: Sequence[Assignment], dtype_of: Mapping[str, str]) -
 def new_file_layout(assignment: Assignment, dtype_of: Mapping[str, str]) -> FileLayout:
     """The header of a new file: every byte that belongs to no tensor."""
     specs = [(target.key, dtype_of[target.key], target.tensor.shape) for target in assignment.targets]
-    return layout_from_specs(assignment.name, assignment.container, specs, assignment.metadata)
+    return layout_from_specs(assignment.name, assignment.container, specs, assignment.metadata, assignment.shared)
+
+
+def shared_tensors(
+    targets: Sequence[TargetTensor], stored: Sequence[tuple[WeightFile, StoredTensor]], dtype_of: Mapping[str, str]
+) -> dict[str, str]:
+    """The keys whose tensor is the same stored one as that of an earlier key, with that key."""
+    first: dict[tuple[object, ...], str] = {}
+    out = {}
+    for target in targets:
+        sources = target.tensor.sources
+        if len(sources) != 1 or not target.tensor.size:
+            continue
+        file, tensor = stored[min(sources)]
+        place = (id(file), tensor.offset, tensor.shape, tensor.strides, tensor.box, tensor.dtype, dtype_of[target.key])
+        owner = first.setdefault(place, target.key)
+        if owner != target.key:
+            out[target.key] = owner
+    return out
 
 
 def _placed(name: str, rank: int, layout: FileLayout, targets: Mapping[str, TargetTensor]) -> OutputFile:

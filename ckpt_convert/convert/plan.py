@@ -40,6 +40,9 @@ _CASTING = 2_000_000
 _COMPUTING = 8_000_000
 """Bytes of one worker's buffers for dequantizing or merging."""
 
+UNKNOWN = "unknown"
+"""What a report calls the format of tensors that are taken as they are stored, where it is none that is known."""
+
 COMPUTED = "computed"
 """The kind of a file with tensors that are computed on read."""
 
@@ -61,7 +64,8 @@ class SourceFile:
 class SourceInfo:
     """The source of a conversion: its place, the detected format and family with the evidence, and its dimensions.
 
-    ``dequantized`` is the dtype that a quantized source is dequantized to.
+    ``dequantized`` is the dtype that a quantized source is dequantized to; ``detected`` the format of a source whose
+    tensors are taken as they are stored, None where it has none.
     """
 
     place: Place
@@ -75,6 +79,7 @@ class SourceInfo:
     dims: Dims
     hints: Hints
     dequantized: str | None = None
+    detected: str | None = None
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ class Plan:
 
     ``stored`` numbers the stored tensors that lazy tensors refer to, each with the index of its file in ``sources``;
     ``computed`` are the numbers of those that are computed on read (dequantized, merged with an adapter); ``changed``
-    says of those that are not the source's how they come about. ``checks`` are pairs of tensors that must be equal
+    says of those that are not the source's how they come about; ``shared`` are the keys that are names of another key's
+    tensor. ``checks`` are pairs of tensors that must be equal
     before anything is written; ``losses`` pair each tensor that the target cannot hold with the zeros that the
     target computes with instead; ``undecided_tie`` is the pair whose bytes decide whether weights are tied, where no
     file states it. ``embedding_split`` says how tensor-parallel ranks split the embedding and why, where there is a
@@ -120,6 +126,7 @@ class Plan:
     checklist: Checklist
     computed: frozenset[int] = frozenset()
     changed: Mapping[int, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
     from_memory: bool = False
     elsewhere: frozenset[int] = frozenset()
     identities: Mapping[Place, Entry] = field(default_factory=dict, repr=False)
@@ -127,6 +134,13 @@ class Plan:
     @property
     def target(self) -> str:
         return self.request.to
+
+    @property
+    def formats(self) -> tuple[str | None, str | None]:
+        """The formats of source and output; None for tensors as they are stored, under keys of no format."""
+        if self.request.verbatim:
+            return self.source.detected, self.source.detected
+        return self.source.format, self.target
 
     @property
     def family(self) -> str:
@@ -201,9 +215,9 @@ class Plan:
         """The content of ``ckpt_convert/manifest.json``: without times and absolute paths, so it is reproducible."""
         return {
             "schema": record.SCHEMA,
-            "format": self.target,
+            "format": self.formats[1],
             "family": self.family,
-            "source": {"format": self.source.format},
+            "source": {"format": self.formats[0]},
             "dims": dict(sorted(self.dims.items())),
             "tied": bool(self.dims["tied"]),
             "model_parallel": max(file.rank for file in self.weights) + 1,

@@ -13,7 +13,7 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, SourceTensor
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized import as_stored, view
 from ckpt_convert.checkpoint.record import Layout
@@ -125,6 +125,7 @@ class Assigned:
     exact: bool
     checks: list[Equality]
     notices: list[str]
+    shared: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
         ),
         computed=_computed(found.stored) if source.dequantized is not None or found.changed else frozenset(),
         changed=found.changed.steps if found.changed is not None else {},
+        shared=assigned.shared,
         from_memory=inputs.in_memory is not None,
         elsewhere=frozenset(inputs.in_memory.elsewhere if inputs.in_memory is not None else ()),
         identities=_identities(inputs, found, put.files),
@@ -249,6 +251,7 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
     source, request, live, logicals = inputs.source, inputs.request, inputs.in_memory, translated.translation.logicals
     dtype_of = _dtypes(translated.targets, request, translated.template if live is not None else LogicalTensors({}))
     _refuse_partial_cast(source, translated.targets, dtype_of, request, "dtype" if live is None else "export_dtype")
+    shared = layout.shared_tensors(translated.targets, translated.stored, dtype_of) if request.verbatim else {}
     files, exact, notices = shards.assign_shards(
         source,
         request,
@@ -258,11 +261,12 @@ def assign_files(inputs: PlanInputs, translated: Translated) -> Assigned:
         translated.ranks,
         translated.model,
         lambda: _source_order(source, translated.template, logicals, live),
+        shared,
     )
-    shared = layout.alias_checks(files, translated.targets)
+    aliases = layout.alias_checks(files, translated.targets)
     family, dims = translated.model.family, translated.model.dims
     carried = shards.passthrough_files(family, str(source.format), translated.passthrough, logicals, dims)
-    return Assigned(files, carried, exact, [*translated.translation.checks, *shared], notices)
+    return Assigned(files, carried, exact, [*translated.translation.checks, *aliases], notices, shared)
 
 
 def plan_auxiliary(inputs: PlanInputs, translated: Translated, assigned: Assigned) -> AuxiliaryFiles:
@@ -303,6 +307,7 @@ def _origin(source: Identified, model: Model) -> SourceInfo:
         dims=model.dims,
         hints=source.hints,
         dequantized=source.dequantized.dtype if source.dequantized is not None else None,
+        detected=source.verbatim.format if source.verbatim is not None else None,
     )
 
 
@@ -340,8 +345,7 @@ def _identities(inputs: PlanInputs, translated: Translated, side: Sequence[Auxil
 
 def _metadata(checkpoint: Identified) -> list[Place]:
     """The index, torch.distributed.checkpoint's metadata and the checklist, where they exist."""
-    names = [checkpoint.directory.index, CHECKLIST] + [name for name in [DCP_INDEX] if not checkpoint.directory.index]
-    return [checkpoint.root / name for name in names if name is not None]
+    return [checkpoint.root / name for name in (checkpoint.directory.index or DCP_INDEX, CHECKLIST)]
 
 
 def _of_record(checkpoint: Identified) -> list[Place]:
@@ -374,7 +378,7 @@ def _source_order(
     numbers = {file: number for number, file in enumerate(source.files)}
     of_source = {at: numbers[file] for at, (file, _) in enumerate(source.stored)}
     counterparts = {
-        _first(logical): _first(origin)
+        min(logical.tensor.sources): min(origin.tensor.sources)
         for instance, logical in logicals.tensors.items()
         if (origin := template.tensors.get(instance)) is not None and origin is not logical
     }
@@ -384,10 +388,6 @@ def _source_order(
     for other, own in live.elsewhere.items():
         out |= {number: out[one] for number, one in ((own, other), (other, own)) if one in out}
     return SourceOrder(out, {})
-
-
-def _first(logical: LogicalTensor) -> int:
-    return min(logical.tensor.sources)
 
 
 def _written_dtype(files: Sequence[OutputFile]) -> str | None:

@@ -10,6 +10,7 @@ from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import LogicalTensor, SourceTensor
 from ckpt_convert.checkpoint.opening import tensors_in_file
+from ckpt_convert.checkpoint.verbatim import as_stored_tensors
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype
 from ckpt_convert.convert.sources import NumberedTensors, Sources
@@ -31,6 +32,8 @@ def verify_output(
     Where the plan casts, the source is cast before it is compared. Raises VerificationError naming every tensor that
     differs or is missing.
     """
+    if plan.request.verbatim:
+        output = as_stored_tensors(output)
     model = output.model_for(str(plan.source.format), plan.target)
     found = translate.read_source(model, str(output.format), output.ranks, str(output.place)).logicals
     stored, carried = _passthrough(plan, output)
@@ -40,6 +43,8 @@ def verify_output(
     problems = []
     for instance, logical in plan.logicals.tensors.items():
         other = found.tensors.get(instance) or apart.get(instance) or carried.get(logical.key)
+        if other is None and (owner := plan.shared.get(logical.key)) is not None:
+            other = found.tensors.get(Instance(instance.row, ((owner, 0),)))
         if other is not None and other.dtype == target_dtype(logical.dtype, instance, plan.request):
             if instance.row.lossy_column is None:
                 pairs.append((logical, other))

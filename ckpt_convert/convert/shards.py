@@ -30,7 +30,7 @@ from ckpt_convert.formats.names import (
 )
 from ckpt_convert.models.core.table import Family, Instance, StoredTensorSpec
 from ckpt_convert.tensors.header import FileLayout
-from ckpt_convert.wording import option_text
+from ckpt_convert.wording import MORE, first_few, option_text
 
 _OURS = frozenset(common_file_names(1, "pt") or ())
 """Names that the option ``container`` gives, for torch.load rather than loaders of directories."""
@@ -46,7 +46,7 @@ def recorded_layout(
 
     ``literal`` keeps the source's stored keys.
     """
-    if request.new_layout:
+    if request.new_layout or request.selection:
         return None
     if like is not None:
         theirs = like.layout()
@@ -116,8 +116,12 @@ def assign_shards(
     count: int,
     model: Model,
     source_order: Callable[[], SourceOrder],
+    shared: Mapping[str, str],
 ) -> tuple[list[OutputFile], bool, list[str]]:
-    """The output files, whether they are exactly those of the target layout, and notices."""
+    """The output files, whether they are exactly those of the target layout, and notices.
+
+    ``shared`` gives the keys of a tensor that is another key's, and need not be stored again in a new layout.
+    """
     notices = []
     if target_layout is not None:
         found = layout.layout_like(target_layout, targets, dtype_of)
@@ -132,6 +136,11 @@ def assign_shards(
         why = f"has other keys ({example})" if example is not None else "splits tensors into pieces"
         notices.append(f"the recorded {request.to} layout {why}, so the output has a new layout")
     assignments = _assign(source, request, model, targets, dtype_of, count, source_order)
+    assignments = [one.with_shared(shared) if shared else one for one in assignments]
+    once = {key: other for one in assignments if one.container == "safetensors" for key, other in one.shared.items()}
+    if once:
+        names = first_few([f"{key} ({other})" for key, other in once.items()], 4, MORE)
+        notices.append(f"stored once, with other keys in the file's metadata, as in safetensors' save_model: {names}")
     return layout.new_layout(assignments, dtype_of), False, notices
 
 

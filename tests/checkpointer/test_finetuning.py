@@ -95,9 +95,9 @@ def test_a_glob_that_matches_no_key_names_the_nearest(base: Path) -> None:
     model = transformers.LlamaForSequenceClassification(llama())
     before = copied(model)
     checkpointer = Checkpointer(base, model_format="hf")
-    with pytest.raises(UsageError, match=r"exclude='lm_haed.weight': matches no key \(did you mean lm_head.weight"):
+    with pytest.raises(UsageError, match=r"`exclude='lm_haed.weight'`: matches no key \(did you mean lm_head.weight"):
         checkpointer.load_model(model, exclude=["lm_haed.weight"])
-    with pytest.raises(UsageError, match=r"include='vision\*': matches no key; the keys are:"):
+    with pytest.raises(UsageError, match=r"`include='vision\*'`: matches no key; the keys are:"):
         checkpointer.load_model(model, strict=False, include=["vision*"])
     with pytest.raises(UsageError, match="leave no tensor to load"):
         checkpointer.load_model(model, exclude="*")

@@ -10,7 +10,7 @@ import hashlib
 import struct
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,21 +44,28 @@ class _Record:
     data: bytes | None
 
 
-def build(tensors: Sequence[Spec], *, root: str, alignment: int = 64) -> FileLayout:
+def build(
+    tensors: Sequence[Spec], *, root: str, alignment: int = 64, shared: Mapping[str, str] | None = None
+) -> FileLayout:
     """Lay out the file that torch.save writes for a dict of ``tensors`` (key, dtype, shape), each contiguous.
 
-    ``root`` is the folder in the archive (torch uses the file's stem), ``alignment`` that of every member in bytes. The
-    CRC-32 of the tensors are 0 until they are patched at the offsets in ``header.checksummed``. The result is
-    deterministic: the serialization id, the only difference from torch.save, is derived from names and sizes. Raises
-    KeyMismatchError for a duplicate key, UsageError for what torch cannot express.
+    ``shared`` gives the keys of those that have the storage of another key. ``root`` is the folder in the archive
+    (torch uses the file's stem), ``alignment`` that of every member in bytes. The CRC-32 of the tensors are 0 until
+    they are patched at the offsets in ``header.checksummed``. The result is deterministic: the serialization id, the
+    only difference from torch.save, is derived from names and sizes. Raises KeyMismatchError for a duplicate key,
+    UsageError for what torch cannot express.
     """
     _check(tensors, root, alignment)
-    sizes = [nbytes(dtype, shape) for _, dtype, shape in tensors]
+    owners = shared or {}
+    numbers = {key: number for number, key in enumerate(key for key, _, _ in tensors if key not in owners)}
+    storages = [numbers[owners.get(key, key)] for key, _, _ in tensors]
+    sizes = [nbytes(dtype, shape) for key, dtype, shape in tensors if key not in owners]
     rebuilt = (
-        (Text(key), _rebuilt(number, dtype, shape, sizes[number])) for number, (key, dtype, shape) in enumerate(tensors)
+        (Text(key), _rebuilt(number, dtype, shape, sizes[number]))
+        for number, (key, dtype, shape) in zip(storages, tensors, strict=True)
     )
     data = pickle_writer.dumps(Items(len(tensors), rebuilt), _PROTOCOL)
-    return _laid_out(tensors, sizes, data, root, alignment)
+    return _laid_out(tensors, storages, sizes, data, root, alignment)
 
 
 def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
@@ -70,22 +77,28 @@ def build_one(dtype: str, shape: tuple[int, ...]) -> FileLayout:
     _check(tensors, "archive", 64)
     size = nbytes(dtype, shape)
     data = pickle_writer.dumps(_rebuilt(0, dtype, shape, size), _PROTOCOL)
-    return _laid_out(tensors, [size], data, "archive", 64)
+    return _laid_out(tensors, [0], [size], data, "archive", 64)
 
 
-def _laid_out(tensors: Sequence[Spec], sizes: Sequence[int], data: bytes, root: str, alignment: int) -> FileLayout:
+def _laid_out(
+    tensors: Sequence[Spec], storages: Sequence[int], sizes: Sequence[int], data: bytes, root: str, alignment: int
+) -> FileLayout:
+    """The file with these tensors, each in the storage with its number, of which ``sizes`` are the bytes."""
     writer = _Writer(root, alignment)
-    stored: list[StoredTensor] = []
-    checksummed: list[ChecksummedRange] = []
     starts: list[int] = []
     for record in _records(data, sizes, alignment):
         start = writer.add(record)
         if record.data is None:
             starts.append(start)
     size, places = writer.finish()
-    for number, (key, dtype, shape) in enumerate(tensors):
-        stored.append(StoredTensor(key, dtype, tuple(shape), starts[number]))
-        checksummed.append(ChecksummedRange(starts[number], sizes[number], 0, tuple(sorted(places[f"data/{number}"]))))
+    stored = [
+        StoredTensor(key, dtype, tuple(shape), starts[number])
+        for number, (key, dtype, shape) in zip(storages, tensors, strict=True)
+    ]
+    checksummed = [
+        ChecksummedRange(starts[number], size, 0, tuple(sorted(places[f"data/{number}"])))
+        for number, size in enumerate(sizes)
+    ]
     header = Header(KIND, size, tuple(stored), checksummed=tuple(checksummed))
     return FileLayout(header, tuple((offset, bytes(data)) for offset, data in writer.literals if data))
 
