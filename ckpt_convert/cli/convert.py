@@ -57,7 +57,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
     dequantized, quantized = click.Choice(list(DEQUANTIZED_DTYPES)), source in (None, "hf")
     styles = click.Choice(list(AXES))
     general = [
-        option("--to", type=names, help="Format of DST (default: every tensor as it is stored)."),
+        option("--to", type=names, help="Format of DST; --container alone keeps tensors as stored."),
         option("--include", multiple=True, metavar="GLOB", help="Only these stored keys, or modules; can be repeated."),
         option("--exclude", multiple=True, metavar="GLOB", help="Leave these out; can be repeated."),
         common.from_format("SRC").parameter,
@@ -113,15 +113,15 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     if to is None:
         title = "Convert SRC to any format, or re-shard it in its own."
         usage += (
-            " A model of no known family stays in Hugging Face's format (--to hf), under its own keys. Without --to, "
-            "tensors are taken as they are stored, whatever they are of: a .pt, .ckpt or .bin file, or a directory of "
-            "torch.distributed.checkpoint, becomes safetensors, or with --container pt one .pt."
+            " A model of no known family stays in Hugging Face's format (--to hf), under its own keys. With "
+            "--container and no --to, tensors are taken as they are stored, whatever they are of: a .pt, .ckpt or .bin "
+            "file, or a directory of torch.distributed.checkpoint, becomes safetensors, or with --container pt one .pt."
         )
         examples = [
             "ckpt-convert convert Llama-3.2-1B out --to meta",
             "ckpt-convert convert Llama-3-70B/original out --to meta --model-parallel 2",
             "ckpt-convert convert Llama-3.2-1B out --to hf --max-shard-size 1GB",
-            "ckpt-convert convert last.ckpt out --include state_dict",
+            "ckpt-convert convert last.ckpt out --container safetensors",
             "ckpt-convert convert step-1000/ out --container pt",
         ]
     else:

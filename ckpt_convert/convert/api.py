@@ -134,9 +134,9 @@ def plan_conversion(
 
     Args:
         src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
-        to: the target format: "hf", "meta", "native" or "torchtitan"; None takes every tensor as it is stored, under
-            its own key, whatever the model.
-        include: globs of stored keys, or of modules: only these tensors, within a format or with ``to=None``.
+        to: the target format: "hf", "meta", "native" or "torchtitan"; with ``container`` alone, every tensor is taken
+            as it is stored, under its own key, whatever the model.
+        include: globs of stored keys, or of modules: only these tensors, as they are stored.
         exclude: globs of those to leave out.
         from_format: the format of ``src``, where it cannot be detected.
         family: the name of the architecture, such as "llama", where it cannot be detected.
@@ -283,9 +283,9 @@ def convert_checkpoint(
     Args:
         src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
         dst: the directory to write; its parent is created.
-        to: the target format: "hf", "meta", "native" or "torchtitan"; None takes every tensor as it is stored, under
-            its own key, whatever the model.
-        include: globs of stored keys, or of modules: only these tensors, within a format or with ``to=None``.
+        to: the target format: "hf", "meta", "native" or "torchtitan"; with ``container`` alone, every tensor is taken
+            as it is stored, under its own key, whatever the model.
+        include: globs of stored keys, or of modules: only these tensors, as they are stored.
         exclude: globs of those to leave out.
         overwrite: replace a checkpoint at ``dst``, once the new one is complete.
         resume: continue an interrupted conversion with the same source and options.

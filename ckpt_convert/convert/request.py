@@ -149,7 +149,10 @@ def requested(
     drop_rope_scaling: bool = False,
     **options: Unpack[OutputOptions],
 ) -> Request:
-    """The request of a caller's options; without ``to``, or with a selection, tensors are taken as they are stored."""
+    """The request of a caller's options; without ``to``, or with a selection, tensors are taken as they are stored.
+
+    Raises UsageError where neither format, container nor selection says what is wanted.
+    """
     selection = Selection(as_globs(include), as_globs(exclude))
     settings = ConfigOptions(
         rope_factor=rope_factor,
@@ -161,6 +164,10 @@ def requested(
     place = None if like is None else as_place(like)
     if to is not None and not selection:
         return Request(to=to, like=place, config=settings, **options)
+    if not selection and options.get("container") is None:
+        raise UsageError(
+            "`to=` is missing: give the format, or `container=` alone to take every tensor as it is stored", "to"
+        )
     options["container"] = options.get("container") or ("dcp" if to == "torchtitan" else "safetensors")
     return Request(
         to=verbatim.RULES, like=place, config=settings, verbatim=True, selection=selection, within=to, **options

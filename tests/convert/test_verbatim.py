@@ -65,7 +65,7 @@ def flat(value: Any, path: str = "") -> Tensors:
 def test_any_torch_file(tmp_path: Path, name: str) -> None:
     given = state()
     torch.save(given, tmp_path / name, _use_new_zipfile_serialization=name != "old.pth")
-    report = convert_checkpoint(tmp_path / name, tmp_path / "out", verify=True)
+    report = convert_checkpoint(tmp_path / name, tmp_path / "out", container="safetensors", verify=True)
     expected = flat(given)
     with safetensors.safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "pt", "tied.1": "tied.0"}
@@ -86,7 +86,7 @@ def test_as_safetensors_own_reader_loads_shared_tensors(tmp_path: Path) -> None:
 
     model, other = Tied(), Tied()
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    convert_checkpoint(tmp_path / "model.pt", tmp_path / "out")
+    convert_checkpoint(tmp_path / "model.pt", tmp_path / "out", container="safetensors")
     assert safetensors.torch.load_model(other, tmp_path / "out" / "model.safetensors") == (set(), [])
     assert_same(other.state_dict(), model.state_dict())
 
@@ -116,7 +116,7 @@ def test_the_file_is_the_one_that_torch_saves(tmp_path: Path) -> None:
 def test_a_directory_of_torch_distributed_checkpoint(tmp_path: Path) -> None:
     given = {"model": state()["state_dict"], "step": 3, "deep": {"list": [torch.ones(2)]}}
     dcp.save(given, checkpoint_id=tmp_path / "dcp")
-    convert_checkpoint(tmp_path / "dcp", tmp_path / "out", verify=True)
+    convert_checkpoint(tmp_path / "dcp", tmp_path / "out", container="safetensors", verify=True)
     expected = flat(given)
     assert_same(read_safetensors(tmp_path / "out"), expected)
     convert_checkpoint(tmp_path / "dcp", tmp_path / "one", container="pt")
@@ -130,10 +130,11 @@ def test_a_directory_of_torch_distributed_checkpoint(tmp_path: Path) -> None:
 def test_shards_stay_and_files_beside_the_weights_come_along(tmp_path: Path) -> None:
     shutil.copytree(HF, tmp_path / "in")
     (tmp_path / "in" / "config.json").write_text('{"anything": 1}')
-    convert_checkpoint(tmp_path / "in", tmp_path / "out", verify=True)
+    convert_checkpoint(tmp_path / "in", tmp_path / "out", container="safetensors", verify=True)
     assert sums(tmp_path / "out") == sums(tmp_path / "in")
-    convert_checkpoint(tmp_path / "in", tmp_path / "cast", dtype="float16", allow_overflow=True)
-    assert {one.dtype for one in read_safetensors(tmp_path / "cast").values()} == {torch.float16}
+    convert_checkpoint(tmp_path / "in", tmp_path / "cast", container="bin", dtype="float16", allow_overflow=True)
+    cast = [torch.load(file, weights_only=True) for file in (tmp_path / "cast").glob("*.bin")]
+    assert {one.dtype for tensors in cast for one in tensors.values()} == {torch.float16}
 
 
 class TestSelection:
@@ -162,9 +163,13 @@ class TestSelection:
             ({"exclude": "*"}, "leave no tensor"),
             ({"to": "meta", "include": "lm_head"}, "do not fit meta, whose files are ranks"),
             ({"to": "native", "include": "lm_head"}, r"\(hf\), so `to='native'` does not go with them"),
-            ({"like": HF}, r"`like=` does not go with tensors that are taken as they are stored"),
-            ({"dequantize": "bfloat16"}, r"`dequantize=` does not go with"),
-            ({"family": "llama"}, r"`family=` has no use"),
+            (
+                {"like": HF, "container": "safetensors"},
+                r"`like=` does not go with tensors that are taken as they are stored",
+            ),
+            ({"dequantize": "bfloat16", "container": "safetensors"}, r"`dequantize=` does not go with"),
+            ({"family": "llama", "container": "safetensors"}, r"`family=` has no use"),
+            ({}, r"`to=` is missing: give the format, or `container=` alone"),
             ({"container": "pth"}, r"`container='pth'` does not fit"),
         ],
     )
@@ -177,17 +182,17 @@ class TestUntrusted:
     def test_code_is_not_run(self, tmp_path: Path) -> None:
         torch.save({"a": torch.ones(2), "b": Exploding()}, tmp_path / "bad.pt")
         with pytest.raises(UnsafeFileError):
-            convert_checkpoint(tmp_path / "bad.pt", tmp_path / "out")
+            convert_checkpoint(tmp_path / "bad.pt", tmp_path / "out", container="safetensors")
 
     def test_ranks_are_not_joined(self, tmp_path: Path) -> None:
         with pytest.raises(KeyMismatchError, match="split across 2 ranks, which only a format says how to join"):
-            convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "out")
+            convert_checkpoint(GOLDEN / "llama" / "meta-mp2", tmp_path / "out", container="safetensors")
 
     def test_keys_of_several_files(self, tmp_path: Path) -> None:
         for name in ("a.pt", "b.pt"):
             torch.save({"same": torch.ones(2)}, tmp_path / name)
         with pytest.raises(InputError, match=r"same is in a\.pt and in b\.pt"):
-            convert_checkpoint(tmp_path, tmp_path / "out")
+            convert_checkpoint(tmp_path, tmp_path / "out", container="safetensors")
 
     def test_packed_values(self, tmp_path: Path) -> None:
         gguf = pytest.importorskip("gguf")
@@ -201,7 +206,7 @@ class TestUntrusted:
         ):
             step()
         with pytest.raises(ConfigError, match="pack several values together"):
-            convert_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+            convert_checkpoint(tmp_path / "model.gguf", tmp_path / "out", container="safetensors")
 
 
 class Exploding:
@@ -230,7 +235,15 @@ class TestCommand:
     def test_it_needs_no_torch(self, tmp_path: Path) -> None:
         torch.save(state(), tmp_path / "last.ckpt")
         script = "import sys; sys.modules['torch'] = None\nfrom ckpt_convert.cli import main\nmain(sys.argv[1:])"
-        words = ["convert", str(tmp_path / "last.ckpt"), str(tmp_path / "found"), "-q", "--verify"]
+        words = [
+            "convert",
+            str(tmp_path / "last.ckpt"),
+            str(tmp_path / "found"),
+            "--container",
+            "safetensors",
+            "-q",
+            "--verify",
+        ]
         subprocess.run([sys.executable, "-c", script, *words], check=True)
-        convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "expected")
+        convert_checkpoint(tmp_path / "last.ckpt", tmp_path / "expected", container="safetensors")
         assert sums(tmp_path / "found") == sums(tmp_path / "expected")
