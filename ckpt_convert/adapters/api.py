@@ -15,7 +15,7 @@ from ckpt_convert.convert.request import OutputOptions, Request, requested
 from ckpt_convert.dtypes import DequantizedDType, OutputDType
 from ckpt_convert.errors import AmbiguousFormatError
 from ckpt_convert.formats.base import ContainerName, FormatName
-from ckpt_convert.storage.place import Location
+from ckpt_convert.storage.place import Location, StorageOptions, with_options
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.tensors.progress import ProgressCallback
 
@@ -45,6 +45,7 @@ def merge_adapter(
     container: ContainerName | None = None,
     like: Location | None = None,
     allow_overflow: bool = False,
+    storage_options: StorageOptions | None = None,
 ) -> Report:
     """Merge a LoRA or DoRA adapter into its base: W + scale · B · A, streamed, in the base's files or in any format.
 
@@ -54,10 +55,10 @@ def merge_adapter(
     Each row is computed in float32 (float64 for a float64 base) and rounded once, to the base's dtype.
 
     Args:
-        base: a directory, a weight file, or a Hub id of the checkpoint that the adapter was trained on.
+        base: a directory, a weight file, a URL, or a Hub id of the checkpoint that the adapter was trained on.
         adapter: a directory with PEFT's adapter_model.safetensors (or .bin) and adapter_config.json, a Hub id of one,
             or the file of an adapter such as torchtune's adapter_0.pt, beside its adapter_config.json.
-        dst: the directory to write; its parent is created.
+        dst: the directory or URL to write; its parent is created.
         to: the format of the output: "hf", "meta", "native" or "torchtitan"; by default the base's.
         alpha: the adapter's alpha, where no adapter_config.json says it: the scale is alpha / rank.
         overwrite: replace a checkpoint at ``dst``, once the new one is complete.
@@ -78,6 +79,7 @@ def merge_adapter(
         container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it.
         like: a checkpoint whose file names, key-to-file assignment, config and tokenizer the output takes.
         allow_overflow: write finite values that become infinite, instead of refusing.
+        storage_options: options of the stores of URLs; see docs/storage.md.
 
     Raises:
         InputError: base or adapter cannot be read, or do not fit each other; one error lists all that is wrong.
@@ -85,6 +87,7 @@ def merge_adapter(
         LossyConversionError: finite values would become infinite; see ``allow_overflow``.
         What else ``convert_checkpoint`` raises.
     """
+    base, adapter, dst, config, like = with_options(storage_options, base, adapter, dst, config, like)
     origin = SourceOptions(base, from_format, family, config, revision, like)
     with closing(open_adapter(adapter, alpha, adapter_revision)) as opened:
         request = _request(
@@ -114,9 +117,11 @@ def plan_merge(
     revision: str | None = None,
     adapter_revision: str | None = None,
     like: Location | None = None,
+    storage_options: StorageOptions | None = None,
     **options: Unpack[OutputOptions],
 ) -> Plan:
     """The plan of ``merge_adapter``, from headers alone."""
+    base, adapter, config, like = with_options(storage_options, base, adapter, config, like)
     origin = SourceOptions(base, from_format, family, config, revision, like)
     with closing(open_adapter(adapter, alpha, adapter_revision)) as opened:
         return plan_request(origin, _request(origin, to, **options), AdapterMerge(opened))

@@ -50,6 +50,7 @@ Examples:
 @common.config("BASE")
 @common.revision("BASE")
 @click.option("--adapter-revision", metavar="NAME", help="Branch, tag or commit, where ADAPTER is a Hub id.")
+@common.STORE_OPTIONS
 @common.WORKERS
 @common.JSON
 @common.QUIET
