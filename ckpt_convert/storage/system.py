@@ -73,19 +73,17 @@ def sync_directory(where: Path | int) -> None:
             os.close(fd)
 
 
-def replace_file(path: Path, data: bytes, temporary: Path | None = None, mode: int | None = None) -> None:
+def replace_file(path: Path, data: bytes, temporary: Path | None = None) -> None:
     """Write or replace a file atomically; raises OSError.
 
-    It is written as ``temporary`` first; its permissions are ``mode``, or the default of the umask.
+    It is written as ``temporary`` first; its permissions are the default of the umask.
     """
     temporary = temporary or partial_path(path)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NOFOLLOW", 0)
     try:
-        with open(os.open(temporary, flags, 0o666 if mode is None else mode), "wb") as file:
+        with open(os.open(temporary, flags, 0o666), "wb") as file:
             file.write(data)
             file.flush()
-            if mode is not None:
-                os.chmod(file.fileno(), mode)
             take_place(file.fileno(), temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
