@@ -44,6 +44,9 @@ T = TypeVar("T")
 _INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 """A layer or expert index in a key."""
 
+_CACHED = 32
+"""Files of a store whose beginnings stay in memory once the headers were read: a conversion reads them again."""
+
 _LOOSE = "weight files without config.json"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
@@ -241,6 +244,9 @@ def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFil
     if path.is_folder() and (other := alternative_set_advice(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(open_each(path, partial(_open, path), directory.weights))
+    for file in files if len(files) > _CACHED else ():
+        if isinstance(file.reader, ObjectFile):
+            file.reader.forget()
     facts = peft.adapter_facts(root) if directory.kind == peft.KIND else []
     if len(files) == 1 and files[0].header.kind == gguf.KIND:
         facts += gguf.facts(files[0].header)
@@ -337,10 +343,7 @@ def close_files(files: Iterable[WeightFile]) -> None:
 
 def _open(path: Place, weight: WeightName) -> WeightFile:
     file = path if path.is_regular_file() else path.resolve_member(weight.name, str(path))
-    opened = file.open()
-    reader, header = containers.parse_header(opened, foreign=True)
-    if isinstance(opened, ObjectFile):
-        opened.forget()
+    reader, header = containers.parse_header(file.open(), foreign=True)
     return WeightFile(weight.name, weight.rank, file, reader, header)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 
@@ -21,10 +21,18 @@ def name_prefix(folder: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """Every file of the name ``prefix`` or below it with its entry; answers the queries of ``NameLookup``."""
+    """Every file of the name ``prefix`` or below it with its entry; answers the queries of ``NameLookup``.
+
+    ``contents`` are small files that were read, under the entries of the listing.
+    """
 
     prefix: str
     entries: Mapping[str, Entry]
+    contents: dict[str, bytes] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self) -> tuple[type[Listing], tuple[str, Mapping[str, Entry]]]:
+        """Another process reads the files itself."""
+        return Listing, (self.prefix, self.entries)
 
     def covers(self, name: str) -> bool:
         """Whether everything below this name is in the listing."""

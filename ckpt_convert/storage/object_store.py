@@ -61,9 +61,14 @@ class ObjectFile:
         buffer[len(known) :] = self._fetch(offset + len(known), len(buffer) - len(known))
 
     def fetch_into(self, offset: int, buffer: memoryview) -> None:
-        """``readinto`` in one request, for exactly these bytes."""
+        """``readinto`` in one request, for exactly these bytes, or in none if they are cached."""
         self._check_end(offset, len(buffer))
-        buffer[:] = self._fetch(offset, len(buffer))
+        start, stop = self._window_at(offset)
+        known = self._windows.get(start) if offset + len(buffer) <= stop else None
+        if known is not None:
+            buffer[:] = known[offset - start :][: len(buffer)]
+        else:
+            buffer[:] = self._fetch(offset, len(buffer))
 
     def forget(self) -> None:
         """Drop what is cached: the header has been read, and there may be many files."""

@@ -29,6 +29,9 @@ from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, is_web_url, local_path
 from ckpt_convert.storage.remote.urls import address_of
 
+_KEPT = 1 << 20
+"""Bytes of the largest file that a listing keeps."""
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -198,7 +201,19 @@ class Place:
         return self.store.open(str(self.path), expected, called)
 
     def read(self, max_bytes: int, *, expected: Entry | None = None) -> bytes:
-        """Read a small file whole; raises as ``open`` does, and UnsafeFileError if it exceeds ``max_bytes``."""
+        """Read a small file whole; raises as ``open`` does, and UnsafeFileError if it exceeds ``max_bytes``.
+
+        A listing keeps what was read of a store, since several readers want the manifest and the config.
+        """
+        kept = self.listing.contents if isinstance(self.listing, Listing) and expected is None else {}
+        data = kept.get(str(self.path))
+        if data is None or len(data) > max_bytes:
+            data = self._read(max_bytes, expected)
+            if len(data) <= _KEPT:
+                kept[str(self.path)] = data
+        return data
+
+    def _read(self, max_bytes: int, expected: Entry | None) -> bytes:
         with self.open(expected=expected) as file:
             if file.size > max_bytes:
                 raise UnsafeFileError(
@@ -218,11 +233,17 @@ class Place:
     # Listed once
 
     def listed(self) -> Place:
-        """The same place with a listing of everything below it, made in one request; unchanged for cheap stores."""
+        """The same place with a listing of everything below it, made in one request; unchanged for cheap stores.
+
+        That of a file is of the folder that it is in.
+        """
         if not self.store.prefers_listing or self.listing is not None:
             return self
         name = str(self.path)
-        return replace(self, listing=Listing(name, self.store.list(name)))
+        found = self.store.list(name)
+        if name in found:  # a file, whose neighbors are looked for, too
+            return replace(self, listing=_folder_listing(self.parent))
+        return replace(self, listing=Listing(name, found))
 
     def with_listing(self) -> Place:
         """The same place with a listing: of everything below it where ``listed`` makes one, else of direct children.
@@ -232,7 +253,7 @@ class Place:
         name = str(self.path)
         if self.store.prefers_listing or self.listing is not None or self.store.kind(name) is not FileKind.FOLDER:
             return self.listed()
-        return replace(self, listing=FolderListing(name, self.store.children(name), self.store.list(name, deep=False)))
+        return replace(self, listing=_folder_listing(self))
 
     def without_listing(self) -> Place:
         """The same place without a listing, so that queries see the current state."""
@@ -280,6 +301,11 @@ def with_options(options: StorageOptions | None, *given: Any) -> list[Any]:
 def as_place(path: Location) -> Place:
     """A path as a place of the local store; a place unchanged."""
     return path if isinstance(path, Place) else Place(LOCAL, PurePosixPath(path))
+
+
+def _folder_listing(folder: Place) -> FolderListing:
+    name = str(folder.path)
+    return FolderListing(name, folder.store.children(name), folder.store.list(name, deep=False))
 
 
 def list_identities(folder: Place, *inner: str) -> dict[Place, Entry]:

@@ -1,0 +1,92 @@
+"""How many requests commands make, as the server counts them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import ckpt_convert
+from tests.command import run
+from tests.helpers import GOLDEN
+from tests.servers.s3 import Bucket, S3Server
+
+HF = GOLDEN / "llama" / "hf"
+SHARDS = len(list(HF.glob("*.safetensors")))
+
+
+def fill(bucket: Bucket, name: str, folder: Path) -> str:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            bucket.put(f"{name}/{path.relative_to(folder)}", path.read_bytes())
+    return f"s3://{bucket.name}/{name}"
+
+
+def inspected(server: S3Server, url: str) -> dict[str, int]:
+    server.log.clear()
+    run("inspect", url, code=0)
+    return dict(server.log.kinds())
+
+
+def test_inspect_lists_once_and_reads_config_index_and_headers(bucket: Bucket, s3_server: S3Server) -> None:
+    assert inspected(s3_server, fill(bucket, "m", HF)) == {"list": 1, "get": 2 + SHARDS}
+
+
+def test_inspect_of_an_output_reads_the_manifest_once(bucket: Bucket, s3_server: S3Server, tmp_path: Path) -> None:
+    ckpt_convert.convert_checkpoint(HF, tmp_path / "hf", to="hf")
+    assert inspected(s3_server, fill(bucket, "m", tmp_path / "hf")) == {"list": 1, "get": 3 + SHARDS}
+
+
+def test_a_weight_file_alone_is_looked_up_with_its_neighbors(bucket: Bucket, s3_server: S3Server) -> None:
+    fill(bucket, "m", HF)
+    url = f"s3://{bucket.name}/m/{sorted(HF.glob('*.safetensors'))[0].name}"
+    assert sum(inspected(s3_server, url).values()) <= 6
+
+
+def header(keys: dict[str, tuple[int, ...]]) -> bytes:
+    """A safetensors file of F8 tensors whose bytes are all zero."""
+    described, at = {}, 0
+    for key, shape in keys.items():
+        described[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at := at + 2 * math.prod(shape)]}
+    text = json.dumps(described).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(at)
+
+
+def test_191_shards_within_200_requests(bucket: Bucket, s3_server: S3Server) -> None:
+    """As many files as Llama 3.1 405B has, each with a few of its tensors, though of small sizes."""
+    config = json.loads((HF / "config.json").read_text()) | {"num_hidden_layers": 126, "tie_word_embeddings": False}
+    dim, ffn = config["hidden_size"], config["intermediate_size"]
+    kv = dim // config["num_attention_heads"] * config["num_key_value_heads"]
+    keys: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], dim)}
+    for layer in range(126):
+        at = f"model.layers.{layer}."
+        keys |= {f"{at}{name}_layernorm.weight": (dim,) for name in ("input", "post_attention")}
+        keys |= {f"{at}self_attn.{name}_proj.weight": (dim, dim) for name in "qo"}
+        keys |= {f"{at}self_attn.{name}_proj.weight": (kv, dim) for name in "kv"}
+        keys |= {f"{at}mlp.{name}_proj.weight": (ffn, dim) for name in ("gate", "up")}
+        keys[f"{at}mlp.down_proj.weight"] = (dim, ffn)
+    keys |= {"model.norm.weight": (dim,), "lm_head.weight": (config["vocab_size"], dim)}
+    files: dict[str, dict[str, tuple[int, ...]]] = {}
+    for number, key in enumerate(keys):
+        name = f"model-{number * 191 // len(keys) + 1:05d}-of-00191.safetensors"
+        files.setdefault(name, {})[key] = keys[key]
+    bucket.put("m/config.json", json.dumps(config).encode())
+    weight_map = {key: name for name, held in files.items() for key in held}
+    bucket.put("m/model.safetensors.index.json", json.dumps({"metadata": {}, "weight_map": weight_map}).encode())
+    for name, held in files.items():
+        bucket.put(f"m/{name}", header(held))
+    assert len(files) == 191
+    assert inspected(s3_server, f"s3://{bucket.name}/m") == {"list": 1, "get": 2 + 191}
+
+
+@pytest.mark.parametrize("target", ["hf", "meta"])
+def test_a_conversion_fetches_each_byte_once(bucket: Bucket, s3_server: S3Server, target: str) -> None:
+    url = fill(bucket, "m", HF)
+    s3_server.log.clear()
+    ckpt_convert.convert_checkpoint(f"{url}", f"s3://{bucket.name}/out", to=target)
+    size = sum(path.stat().st_size for path in HF.glob("*.safetensors"))
+    headers = sum(min(path.stat().st_size, 1 << 18) for path in HF.glob("*.safetensors"))
+    fetched = sum(one.sent for one in s3_server.log.all("get") if one.name.endswith(".safetensors"))
+    assert fetched <= size + headers
