@@ -34,8 +34,8 @@ def locate_checkpoint(
     by ranges from the Hub, or with ``cache`` downloaded into the cache. Raises CheckpointNotFoundError if the source is
     nothing of these.
     """
-    text = source if isinstance(source, str) else ""
-    named = hub.parse_hub_id(text, revision)
+    text = str(source) if isinstance(source, str | Place) else ""  # a place may be a page of the Hub, with options
+    named = hub.parse_hub_id(text, revision) if isinstance(source, str) or is_web_url(text) else None
     if named is not None and (text.startswith(hub.PREFIX) or is_web_url(text)):
         return _in_repository(named, str(named), format, cache)
     place = checked_place(source)

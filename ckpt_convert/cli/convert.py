@@ -95,6 +95,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         ),
         flag("--drop-rope-scaling", "Leave out a RoPE scaling that the target cannot express.", shown=meta),
         common.revision("SRC").parameter,
+        common.CACHE.parameter,
         common.WORKERS.parameter,
         common.STORE_OPTIONS.parameter,
         common.JSON.parameter,
@@ -150,21 +151,23 @@ def _convert(
     resume: bool,
     overwrite: bool,
     workers: int | None,
+    cache: bool,
     **options: Any,
 ) -> int | None:
     from ckpt_convert.convert import api
 
     with on_stderr(hidden=quiet):
+        source = common.in_cache(src, options["revision"], options["from_format"], cache=cache)
         options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
         if dry_run:
             from ckpt_convert.cli.plan import show_plan
 
-            plan = api.plan_conversion(src, **options)
+            plan = api.plan_conversion(source, **options)
             show_plan(plan, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
             report = api.convert_checkpoint(
-                src,
+                source,
                 dst,
                 verify=verify,
                 resume=resume,

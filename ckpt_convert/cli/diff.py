@@ -124,6 +124,7 @@ Exit codes: 0 the same, 1 different, 2 usage, 3 no readable checkpoint.""",
 @options.config("B", "-b")
 @options.revision("A", "-a")
 @options.revision("B", "-b")
+@options.CACHE
 @options.WORKERS
 @options.STORE_OPTIONS
 @options.QUIET
@@ -144,6 +145,7 @@ def diff(
     config_b: str | None,
     revision_a: str | None,
     revision_b: str | None,
+    cache: bool,
     workers: int | None,
     storage_options: StorageOptions | None,
     quiet: bool,
@@ -167,8 +169,8 @@ def diff(
         check_page(html, with_json=as_json)
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar:
         found = diff_checkpoints(
-            a,
-            b,
+            options.in_cache(a, revision_a, from_a, cache=cache),
+            options.in_cache(b, revision_b, from_b, cache=cache),
             values=values,
             filters=filters,
             format_a=from_a,

@@ -13,7 +13,7 @@ from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import command_line, echo, echo_json, terminal_width
 from ckpt_convert.cli.view import SORTS, Order, View, header, matching, ordered
-from ckpt_convert.storage.place import Place, StorageOptions, with_options
+from ckpt_convert.storage.place import Location, Place, StorageOptions, with_options
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
 
@@ -67,10 +67,16 @@ rest, docs/json.md the JSON. Exit codes: 0 shown, 1 NaN or Inf found
 @options.FAMILY
 @options.config()
 @options.revision()
+@options.CACHE
 @options.WORKERS
 @options.STORE_OPTIONS
 def inspect(
-    path: str, revision: str | None, from_format: str | None, storage_options: StorageOptions | None, **options: Any
+    path: str,
+    revision: str | None,
+    cache: bool,
+    from_format: str | None,
+    storage_options: StorageOptions | None,
+    **given: Any,
 ) -> None:
     """Show what a checkpoint is and what it holds: format, family, files, and every tensor's key, shape and dtype.
 
@@ -79,9 +85,10 @@ def inspect(
     """
     from ckpt_convert.cli import notices
 
-    _check(**options)
+    _check(**given)
     with notices.on_stderr():
-        _look(_locate(path, revision, storage_options), from_format, **options)
+        source = options.in_cache(path, revision, from_format, cache=cache)
+        _look(_locate(source, revision, storage_options), from_format, **given)
 
 
 def _look(path: Place, from_format: str | None, **options: Any) -> None:
@@ -177,7 +184,7 @@ def _body(facts: Facts, view: View, statistics: Statistics | None) -> Iterator[s
     return stats_view.body(facts, view, statistics)
 
 
-def _locate(path: str, revision: str | None, storage_options: StorageOptions | None) -> Place:
+def _locate(path: Location, revision: str | None, storage_options: StorageOptions | None) -> Place:
     from ckpt_convert.checkpoint import locate
 
     (given,) = with_options(storage_options, path)

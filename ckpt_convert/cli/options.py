@@ -14,6 +14,8 @@ from ckpt_convert.models.core.table import FORMATS
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
+    from ckpt_convert.storage.place import Location
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -95,6 +97,22 @@ def revision(what: str = "PATH", side: str = "") -> Option:
     return Option(
         (f"--revision{side}",), {"metavar": "NAME", "help": f"Branch, tag or commit, where {what} is a Hub id."}
     )
+
+
+CACHE = Option(
+    ("--cache",),
+    {"is_flag": True, "help": "Download what is on the Hub into its cache first (default: read ranges)."},
+)
+
+
+def in_cache(path: str, revision: str | None, format: str | None, *, cache: bool) -> Location:
+    """With ``cache``, a Hub repository is downloaded, unless it is in the cache; anything else is as it was given."""
+    from ckpt_convert.checkpoint.locate import locate_checkpoint
+    from ckpt_convert.storage.hub import parse_hub_id
+
+    if not cache or parse_hub_id(path, revision) is None:
+        return path
+    return locate_checkpoint(path, revision, format=format, cache=True)
 
 
 FAMILY = Option(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ckpt_convert.analysis.logits.logits import LogitsReport
     from ckpt_convert.checkpoint.findings import Finding
     from ckpt_convert.formats.base import FormatName
-    from ckpt_convert.storage.place import Location, StorageOptions
+    from ckpt_convert.storage.place import StorageOptions
 
 _COLORS = {"error": colors.BAD, "warning": colors.WARNING, "note": "cyan"}
 _LABEL = 9
@@ -59,6 +59,7 @@ Exit codes: 0 no errors, 1 errors found (with --strict, warnings too), 2 usage, 
 @options.FAMILY
 @options.config()
 @options.revision()
+@options.CACHE
 @options.WORKERS
 @options.STORE_OPTIONS
 @options.QUIET
@@ -75,6 +76,7 @@ def verify(
     family: str | None,
     config: str | None,
     revision: str | None,
+    cache: bool,
     workers: int | None,
     storage_options: StorageOptions | None,
     quiet: bool,
@@ -86,16 +88,13 @@ def verify(
     ckpt_convert/manifest.json.
     """
     from ckpt_convert.analysis.check.api import verify_checkpoint
-    from ckpt_convert.checkpoint import locate
     from ckpt_convert.cli.notices import on_stderr, silent_transformers
     from ckpt_convert.cli.progress import Bar
 
-    place: Location = path
-    against: Location | None = other
-    quietly: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if with_logits:  # transformers is kept offline, so both checkpoints are downloaded first
-        place, quietly = locate.locate_checkpoint(path, revision, cache=True), silent_transformers()
-        against = locate.locate_checkpoint(other, cache=True) if other is not None else None
+    cache = cache or with_logits  # transformers is kept offline, so both checkpoints are downloaded first
+    place = options.in_cache(path, revision, from_format, cache=cache)
+    against = None if other is None else options.in_cache(other, None, None, cache=cache)
+    quietly = silent_transformers() if with_logits else contextlib.nullcontext()
     with on_stderr(hidden=quiet), Bar(hidden=quiet) as bar, quietly:
         report = verify_checkpoint(
             place,

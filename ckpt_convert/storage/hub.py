@@ -102,7 +102,8 @@ def cached_snapshot(repo: str, revision: str | None) -> Place | None:
     """
     from huggingface_hub import constants
 
-    folder = as_place(Path(constants.HF_HUB_CACHE)) / f"models--{repo.replace('/', '--')}"
+    name = constants.REPO_ID_SEPARATOR.join(("models", *repo.split("/")))
+    folder = as_place(Path(constants.HF_HUB_CACHE)) / name
     commit = _commit(folder, revision or "main") or revision
     if commit is None or not is_safe_name(commit):
         return None

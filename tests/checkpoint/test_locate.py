@@ -271,6 +271,18 @@ class TestOnTheHub:
         assert {name: saved[name] for name in sums(HF)} == sums(HF)
 
 
+@pytest.mark.parametrize("words", [("inspect",), ("verify", "--quick"), ("diff", HF), ("convert", "--to", "hf", "out")])
+def test_commands_download_first_where_that_is_asked_for(
+    words: tuple[Any, ...], repository: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command, *rest = words
+    run(command, "org/name", *rest[-1:], *rest[:-1], "--cache", code=0)
+    snapshots = list((tmp_path / "hub" / "hub" / "models--org--name" / "snapshots").iterdir())
+    assert [sums(snapshot).keys() for snapshot in snapshots] == [sums(HF).keys()]
+    run(command, HF, *rest[-1:], *rest[:-1], "--cache", *(["--overwrite"] if command == "convert" else []), code=0)
+
+
 def test_commands_read_urls_and_show_no_query(models: str, web: WebServer) -> None:
     with WebServer(web.files, query="X-Amz-Signature=0123abcd") as signed:
         url = f"{signed.url}/m/hf?X-Amz-Signature=0123abcd"

@@ -42,7 +42,8 @@ def _compare(name: str, digest: checksums.Digest, expected: str) -> Callable[[],
         if found != expected:
             text = (
                 f"{name} is not what the Hub has: its hash is {found}, and should be {expected}; its download was "
-                f"damaged, or it was edited: download it again with `hf download REPOSITORY {name} --force-download`"
+                "damaged, or it was edited: download it again with hf_hub_download(…, force_download=True), since else "
+                "the cache is believed"
             )
             yield Finding("error", "checksum", text, name, None, expected, found)
 

@@ -131,7 +131,7 @@ def _commit_and_files(label: str, facts: Any) -> tuple[str, dict[str, Version]]:
         return str(facts["sha"]), files
     except (LookupError, TypeError, AttributeError, ValueError):
         raise UnreadableError(
-            f"{label}: the Hub does not say how large the files are; download the repository with `cache=True`"
+            f"{label}: the Hub does not say how large the files are; download the repository with `hf download`"
         ) from None
 
 

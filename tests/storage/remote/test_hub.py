@@ -197,5 +197,5 @@ class TestAccess:
         listed = b'{"sha": "abc", "siblings": [{"rfilename": "config.json"}]}'
         with HttpServer(lambda request: Answer(200, {}, listed)) as server:
             monkeypatch.setattr(constants, "ENDPOINT", server.url)
-            with pytest.raises(UnreadableError, match=r"does not say how large the files are; .*`cache=True`"):
+            with pytest.raises(UnreadableError, match=r"does not say how large the files are; .*`hf download`"):
                 opened()
