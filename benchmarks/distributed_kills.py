@@ -166,7 +166,8 @@ def wrong_errors(ended: list[Ended], case: Case, over: bool) -> Iterator[str]:
     gone = re.compile(
         rf"rank {case.rank} on \S+: has not been heard of for {SILENCE:g} s, while the others waited for it"
     )
-    if len(said) != 1 or not gone.match(said.pop()):
+    # Without the first rank, there is nobody who says the same to all: they are at different turns then.
+    if (len(said) != 1 and case.rank) or not all(map(gone.match, said)):
         yield f"the survivors raised {sorted({one.text for one in ended})}"
 
 

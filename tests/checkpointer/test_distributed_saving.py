@@ -260,12 +260,12 @@ class CountingStore:
         return getattr(self._store, name)
 
 
-def count_calls(here: Path) -> list[int]:
-    """What ten steps ask of which none is saved, and the one that is."""
+def count_calls(here: Path, options: dict[str, Any]) -> list[int]:
+    """What ten steps ask of which none is saved, and the one that is; what a thread asks each few seconds left out."""
     counting = CountingStore(ranks.store_of_group())
     with mock.patch.object(ranks, "store_of_group", return_value=counting), mock.patch.object(heartbeat, "BEAT", 1e6):
         model = split(make_model(), "ddp")
-        with Checkpointer(LLAMA, here / "out", contents="weights", save_every=11, save_last=False) as checkpointer:
+        with Checkpointer(LLAMA, here / "out", contents="weights", save_last=False, **options) as checkpointer:
             checkpointer.register(model=model)
             before = counting.asked
             for _ in range(10):
@@ -275,8 +275,11 @@ def count_calls(here: Path) -> list[int]:
             return [between - before, counting.asked - between]
 
 
-def test_steps_that_are_not_saved_ask_nobody(pool: Pool, tmp_path: Path) -> None:
-    for idle, saved in pool.run(count_calls, tmp_path):
+@pytest.mark.parametrize(
+    "options", [{"save_every": 11}, {"save_every": [11, "2 h"]}, {"save_every": 11, "save_on_signal": True}], ids=str
+)
+def test_steps_that_are_not_saved_ask_nobody(pool: Pool, options: dict[str, Any], tmp_path: Path) -> None:
+    for idle, saved in pool.run(count_calls, tmp_path, options):
         assert idle == 0
         assert saved > 0
 
@@ -284,30 +287,43 @@ def test_steps_that_are_not_saved_ask_nobody(pool: Pool, tmp_path: Path) -> None
 # Steps that one rank asks for
 
 
-def stop(here: Path) -> int:
-    """A signal reaches one rank, somewhere in its third step; returns the step after which the loop was left."""
+def stop(here: Path, reached: tuple[int, ...]) -> int:
+    """A signal reaches some ranks, somewhere in their third step; returns the step after which the loop was left."""
     model = split(make_model(), "ddp")
-    with Checkpointer(LLAMA, here / "out", contents="weights", save_on_signal=True) as checkpointer:
+    with (
+        mock.patch.object(heartbeat, "BEAT", 0.05),
+        Checkpointer(LLAMA, here / "out", contents="weights", save_on_signal=True) as checkpointer,
+    ):
         checkpointer.register(model=model)
         while not checkpointer.should_stop:
             dist.barrier()  # as a step of training has ranks wait for each other
-            if dist.get_rank() == 1 and checkpointer.progress.step == 2:
+            if dist.get_rank() in reached and checkpointer.progress.step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             checkpointer.step()
         return checkpointer.progress.step
 
 
 def test_a_signal_to_one_rank_stops_all_at_one_step(pool: Pool, tmp_path: Path) -> None:
-    assert pool.run(stop, tmp_path) == [5, 5]
+    first, second = pool.run(stop, tmp_path, (1,))
+    assert first == second >= 5
+    assert [path.name for path in (tmp_path / "out").glob("step_*")] == [f"step_{first}"]
+
+
+def test_a_signal_to_all_ranks_stops_them_two_steps_later(pool: Pool, tmp_path: Path) -> None:
+    """Nobody has to be told by a thread."""
+    assert pool.run(stop, tmp_path, (0, 1)) == [5, 5]
     assert [path.name for path in (tmp_path / "out").glob("step_*")] == ["step_5"]
 
 
 def clocked(here: Path) -> list[int]:
     """Ranks of which one is slower to start its clock; returns what was saved."""
     model = split(make_model(), "ddp")
-    with Checkpointer(LLAMA, here / "out", contents="weights", save_every="0.3 s", save_last=False) as checkpointer:
+    with (
+        mock.patch.object(heartbeat, "BEAT", 0.02),
+        Checkpointer(LLAMA, here / "out", contents="weights", save_every="0.3 s", save_last=False) as checkpointer,
+    ):
         checkpointer.register(model=model)
-        for _ in range(12):
+        while not checkpointer.saved:
             time.sleep(0.1 if dist.get_rank() == 0 else 0.01)
             dist.barrier()
             checkpointer.step()

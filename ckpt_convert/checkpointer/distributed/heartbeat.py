@@ -53,16 +53,25 @@ class Heart:
     def __init__(self, store: Any, key: str) -> None:
         self.turns: dict[str, int] = {}
         self.inside: dict[str, int] = {}
+        self.watched: set[str] = set()
+        self.seen: set[str] = set()
+        """Keys that are looked for at each beat, and those of them that were there."""
         self._store, self._key, self._number = store, key, 0
         self._has_failed = False
 
     def beat(self) -> None:
-        """Say that this rank is alive, until the store fails, which whoever wants something of it will raise."""
+        """Say that this rank is alive, and look for what is watched.
+
+        It does so until the store fails, which whoever wants something of it will raise.
+        """
         if self._has_failed:  # each further try would have torch print a page
             return
         self._number += 1
         try:
             self._store.set(self._key, json.dumps([self._number, dict(self.turns), dict(self.inside)]))
+            for key in self.watched - self.seen:
+                if self._store.check([key]):
+                    self.seen.add(key)
         except STORE_ERRORS:
             self._has_failed = True
 

@@ -162,6 +162,18 @@ class Ranks:
         """What some rank has proposed, None for nothing; nobody is waited for."""
         return self._get(key) if self._has(key) else None
 
+    def count_in(self, key: str, number: int = 1) -> int:
+        """Count this rank among those that say something; the number of all that have. 0: only ask."""
+        return int(self.line.call("add", self._key(key), number))
+
+    def watch(self, key: str) -> None:
+        """Let the thread that beats look whether somebody has proposed something."""
+        self.line.heart.watched.add(self._key(key))
+
+    def has_seen(self, key: str) -> bool:
+        """Whether it has seen that, some seconds ago; nobody is asked."""
+        return self._key(key) in self.line.heart.seen
+
     def leave(self) -> None:
         """Say that this rank takes part in nothing more, so that nobody waits for it until the deadline.
 
