@@ -23,9 +23,10 @@ import torch.distributed as dist
 from ckpt_convert import errors
 from ckpt_convert.checkpointer.distributed import heartbeat
 from ckpt_convert.checkpointer.distributed.heartbeat import Beat, Vigil, read_beat
+from ckpt_convert.checkpointer.distributed.outcomes import FAILED, OK, failure, joined
 from ckpt_convert.checkpointer.distributed.speaking import Line, say_for, speaking
 from ckpt_convert.errors import CkptConvertError, UsageError, error_text
-from ckpt_convert.wording import first_few, indented_list
+from ckpt_convert.wording import first_few
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -37,8 +38,6 @@ DEADLINE = 600.0
 
 FAREWELL = 5.0
 """Seconds for which the first rank waits for the others at the end."""
-
-_OK, _FAILED = b"+", b"-"
 
 
 def of_group(process_group: Any) -> Ranks | None:
@@ -144,11 +143,11 @@ class Ranks:
         others, lost = self._others(turn, what)
         outcomes = [outcome, *others]
         self._forget()
-        failed = [*lost, *(one for one in outcomes if one[:1] == _FAILED)]
-        answers = [_joined(failed, self.count)]
+        failed = [*lost, *(one for one in outcomes if one[:1] == FAILED)]
+        answers = [joined(failed, self.count)]
         if not failed:
             try:
-                answers = [_OK + one for one in decide([one[1:] for one in outcomes])]
+                answers = [OK + one for one in decide([one[1:] for one in outcomes])]
             except Exception as raised:
                 answers, error = [self._failure(raised)], raised
         self._answer(turn, answers)
@@ -194,12 +193,12 @@ class Ranks:
 
     def _outcome(self, act: Callable[[], bytes]) -> tuple[bytes, Exception | None]:
         try:
-            return _OK + act(), None
+            return OK + act(), None
         except Exception as error:
             return self._failure(error), error
 
     def _failure(self, error: Exception) -> bytes:
-        return _failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}", error_text(error))
+        return failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}", error_text(error))
 
     def _others(self, turn: int, what: str) -> tuple[list[bytes], list[bytes]]:
         """What the other ranks say in this turn, in their order; and that some say nothing, as a failure."""
@@ -234,7 +233,7 @@ class Ranks:
 
     def _absence(self, ranks: Sequence[int], what: str) -> bytes:
         text = f"took no part in {what}: its checkpointer is closed, most likely after an error"
-        return _failure(CkptConvertError.__name__, self.named(ranks), text)
+        return failure(CkptConvertError.__name__, self.named(ranks), text)
 
     def named(self, ranks: Sequence[int]) -> str:
         """Ranks as messages name them: with their hosts, as far as they have said them."""
@@ -251,7 +250,7 @@ class Ranks:
 
     def _opened(self, outcome: bytes, cause: Exception | None = None) -> bytes:
         """What was said; raises it where it is an error."""
-        if outcome[:1] == _OK:
+        if outcome[:1] == OK:
             return outcome[1:]
         kind, who, text = json.loads(outcome[1:])
         made = getattr(errors, kind, CkptConvertError)
@@ -397,7 +396,7 @@ class _Wait:
         return None
 
     def _failure(self, ranks: Sequence[int], text: str) -> bytes:
-        return _failure(CkptConvertError.__name__, self._ranks.named(ranks), text)
+        return failure(CkptConvertError.__name__, self._ranks.named(ranks), text)
 
     def _report(self, missing: Sequence[int]) -> None:
         away = self.vigil.away()
@@ -414,28 +413,6 @@ def packed(content: Any) -> bytes:
 def unpacked(data: bytes) -> Any:
     """What ``packed`` was given."""
     return json.loads(zlib.decompress(data))
-
-
-def _failure(kind: str, who: str, text: str) -> bytes:
-    return _FAILED + json.dumps([kind, who, text]).encode()
-
-
-def _joined(failed: Sequence[bytes], count: int) -> bytes:
-    """Several failures, of ``count`` ranks, as one of the first one's kind; what several say alike is said once."""
-    if not failed:
-        return b""
-    ranks: dict[str, list[str]] = {}
-    for one in failed:
-        _, who, text = json.loads(one[1:])
-        ranks.setdefault(text, []).append(who)
-    kind = json.loads(failed[0][1:])[0]
-    texts = [
-        (f"all {count} ranks" if len(of) == count else first_few(of, 4, " and others"), text)
-        for text, of in ranks.items()
-    ]
-    if len(texts) == 1:
-        return _failure(kind, *texts[0])
-    return _failure(kind, "", indented_list([f"{who}: {text}" for who, text in texts]).lstrip())
 
 
 def _raise(error: Exception) -> bytes:
