@@ -12,7 +12,7 @@ from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.record import MANIFEST
 from ckpt_convert.checkpointer import choosing, starting
 from ckpt_convert.checkpointer.distributed.claims import names_elsewhere
-from ckpt_convert.checkpointer.live import adapter_base, loading
+from ckpt_convert.checkpointer.live import adapter_base, fsdp1, loading
 from ckpt_convert.checkpointer.live.adapter_base import AdapterBase
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL, PROGRESS, Selection
 from ckpt_convert.checkpointer.live.tensors import Model, model_tensors
@@ -176,6 +176,7 @@ def load_step(
             indented_list(changed),
         )
     options.restore(keep, parts.lr_scheduler)
+    fsdp1.put(parts.model, parts.optimizer)
     if problems:
         log.warning("%s: what does not fit was left unchanged:%s", saved.place, indented_list(problems))
     log.info("loaded %s", said)
@@ -191,7 +192,7 @@ def load_best(saver: Saver, model: Model, options: Options, name: str | None = N
     assert found is not None
     load_step(
         found,
-        TrainingParts(model),
+        TrainingParts(fsdp1.as_model(model, options.ranks)),
         saver.planner,
         selection=Selection(weights_only=True),
         strict=True,

@@ -260,10 +260,14 @@ def test_the_count_of_an_averaged_model_is_kept(source: Path, tmp_path: Path) ->
     assert_same(plain.state_dict(), average.module.state_dict())
 
 
-def test_flattened_fsdp1_is_refused_with_the_option_that_helps(tmp_path: Path) -> None:
-    model = FullyShardedDataParallel(make_model(), device_id=CPU)
-    with Checkpointer(LLAMA, tmp_path / "out") as checkpointer:
-        with pytest.raises(UsageError, match="use_orig_params=True"):
+def test_flattened_fsdp1_is_saved_as_the_model_without_it(tmp_path: Path) -> None:
+    models = {"plain": make_model(), "flat": FullyShardedDataParallel(make_model(), device_id=CPU)}
+    for name, model in models.items():
+        with Checkpointer(LLAMA, tmp_path / name, contents="weights") as checkpointer:
             checkpointer.load_model(model)
-        with pytest.raises(UsageError, match="use_orig_params=True"):
             checkpointer.register(model=model)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(2)
+            checkpointer.step()
+    assert sums(tmp_path / "flat" / "step_1") == sums(tmp_path / "plain" / "step_1") != sums(LLAMA)

@@ -14,6 +14,7 @@ from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, without_wrappe
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
+from ckpt_convert.checkpointer.live.fsdp1 import Fsdp1Model
 from ckpt_convert.convert.plan import SourceFile, memory_key, memory_source
 from ckpt_convert.convert.planning import InMemorySource
 from ckpt_convert.dtypes import FROM_TORCH, torch_name
@@ -51,6 +52,8 @@ def model_tensors(model: Model) -> dict[str, torch.Tensor]:
 
     Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
     """
+    if isinstance(model, Fsdp1Model):
+        model.refresh()
     out: dict[str, torch.Tensor] = {}
     problems = []
     for key, tensor, own in _state_of(model):

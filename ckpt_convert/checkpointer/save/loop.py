@@ -42,7 +42,7 @@ class TrainingLoop:
         if self._signals is not None:
             self._signals.install()
         self.signal_saved = self.over = False
-        parts = make_parts(*objects)
+        parts = make_parts(*objects, ranks=self._ranks)
         self._saver.begin(parts)
         return parts
 

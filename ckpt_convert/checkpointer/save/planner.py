@@ -19,7 +19,7 @@ from ckpt_convert.checkpoint.selection import select_keys
 from ckpt_convert.checkpointer.distributed.claims import Claims, Owned, names_elsewhere
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.checkpointer.distributed.slices import copy_slice
-from ckpt_convert.checkpointer.live import loading
+from ckpt_convert.checkpointer.live import fsdp1, loading
 from ckpt_convert.checkpointer.live.selection import ADAPTER, MODEL
 from ckpt_convert.checkpointer.live.tensors import (
     MODEL_IN_MEMORY,
@@ -149,6 +149,7 @@ class SavePlanner:
         exclude: Sequence[str] | str | None = None,
     ) -> loading.LoadReport:
         """Fill a model from the source, an adapter aside; see ``Checkpointer.load_model``."""
+        model = fsdp1.as_model(model, self.ranks)
         parts = self.split(model_tensors(model), strict=False)  # DoRA starts from the base: the adapter may come later
         _refuse_copies(model, parts.base | parts.trained_whole)
         format = self.settings.model_format
@@ -171,6 +172,7 @@ class SavePlanner:
         )
         if self.adapter is not None and checksums is not None:
             self.adapter.set_base(parts.base, found.targets, checksums)
+        fsdp1.put(model)
         return replace(
             loaded,
             missing=tuple(found.missing),
@@ -183,11 +185,12 @@ class SavePlanner:
         """Fill a model's adapter from PEFT's files; returns the number of tensors."""
         if self.adapter is None:
             raise UsageError("there is no adapter to load into; give adapter=AdapterConfig(rank=..., alpha=...)")
-        loaded = self.adapter.read(path)
+        loaded, model = self.adapter.read(path), fsdp1.as_model(model, self.ranks)
         parts = self.split(model_tensors(model))
         _refuse_copies(model, trained_tensors(parts))
         for notice in load_into(parts, loaded, copy_slice):
             log.info("%s: %s", path, notice)
+        fsdp1.put(model)
         return sum(len([one for one in adapter if one is not None]) for adapter in loaded.adapters.values()) + len(
             loaded.trained_whole
         )

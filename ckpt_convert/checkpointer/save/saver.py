@@ -13,6 +13,7 @@ from ckpt_convert._version import __version__
 from ckpt_convert.checkpointer.distributed.appointments import Appointment
 from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live.copy_check import CopyCheck
+from ckpt_convert.checkpointer.live.fsdp1 import Fsdp1Model
 from ckpt_convert.checkpointer.live.tensors import model_tensors
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.counters import RunCounters
@@ -89,7 +90,11 @@ class Saver:
         """Set the objects of the run."""
         self.parts = parts
         given = None if parts.optimizer is None else optimizers.optimizer_parameters(parts.optimizer)
-        self._copy_check = CopyCheck(parts.model, given) if isinstance(parts.model, Mapping) else None
+        self._copy_check = (
+            CopyCheck(parts.model, given)
+            if isinstance(parts.model, Mapping) and not isinstance(parts.model, Fsdp1Model)
+            else None
+        )
         self.counts.start_clock()
 
     def plan_ahead(self) -> None:

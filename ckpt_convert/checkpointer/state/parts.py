@@ -6,6 +6,7 @@ that is not complete yet, and "wrapper", what a wrapper around the model has of 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckpt_convert.checkpointer.distributed.ranks import Ranks
+from ckpt_convert.checkpointer.live import fsdp1
+from ckpt_convert.checkpointer.live.fsdp1 import Fsdp1Model
 from ckpt_convert.checkpointer.live.tensors import (
     MemoryRanges,
     Model,
@@ -27,6 +31,8 @@ from ckpt_convert.checkpointer.state.gradients import PendingGradients
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.errors import UsageError
+
+log = logging.getLogger("ckpt_convert")
 
 _OCCASIONAL = ("wrapper", "gradients")
 
@@ -69,7 +75,11 @@ class TrainingParts:
 
     def mark_gradients_used(self) -> None:
         """Mark the current gradients as used, after an optimizer step."""
-        own = self.model.parameters() if isinstance(self.model, nn.Module) else ()
+        module = self.model.module if isinstance(self.model, Fsdp1Model) else self.model
+        own = module.parameters() if isinstance(module, nn.Module) else ()
+        if isinstance(self.model, Fsdp1Model):
+            self.gradients.mark_used(own)
+            return
         self.gradients.mark_used(own if self.optimizer is None else optimizers.optimizer_parameters(self.optimizer))
 
     def entries(self) -> dict[str, StateEntry]:
@@ -84,7 +94,7 @@ class TrainingParts:
             out[name] = _loader(loader, self.data)
         out["wrapper"] = StateEntry(lambda: wrapper_tensors(self.model), lambda state: [], self._put_into_wrapper)
         out["gradients"] = StateEntry(
-            lambda: self.gradients.get_state(self.parameters()),
+            self._pending_gradients,
             lambda state: self.gradients.compare_state(self.parameters(), state),
             lambda state: self.gradients.set_state(self.parameters(), state),
         )
@@ -123,6 +133,17 @@ class TrainingParts:
             if wanted(name) and name in state:
                 problems += entry.set(state[name])
         return problems
+
+    def _pending_gradients(self) -> Any:
+        if not isinstance(self.model, Fsdp1Model):
+            return self.gradients.get_state(self.parameters())
+        own = {str(number): one for number, one in enumerate(self.model.module.parameters())}
+        if self.gradients.get_state(own):
+            log.warning(
+                "the gradients of an update that is not complete are not saved with a model in "
+                "FullyShardedDataParallel: save after the optimizer's step, or use fully_shard (FSDP2)"
+            )
+        return {}
 
     @property
     def epoch_is_over(self) -> bool:
@@ -165,6 +186,8 @@ def make_parts(
     dataloader: Any,
     extra: Any,
     data: DataPolicy = "exact",
+    *,
+    ranks: Ranks | None = None,
 ) -> TrainingParts:
     """The parts, with tracked data loaders; raises UsageError for a loader whose position cannot be determined."""
     if dataloader is None:
@@ -174,6 +197,13 @@ def make_parts(
     else:
         loaders = {"dataloader": dataloader}
     tracked = {name: track_loader(one) for name, one in loaders.items()}
+    model = fsdp1.as_model(model, ranks)
+    optimizer = fsdp1.as_optimizer(optimizer, model)
+    if isinstance(model, Fsdp1Model) and (ranks is None or ranks.is_first):
+        log.info(
+            "the model is in FullyShardedDataParallel, which gathers each of its units to give its slices out: at each "
+            "save, before the training goes on; fully_shard (FSDP2) has them at hand"
+        )
     return TrainingParts(model, optimizer, lr_scheduler, grad_scaler, tracked, extra, data=data)
 
 
