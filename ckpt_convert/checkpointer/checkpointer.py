@@ -36,6 +36,7 @@ from ckpt_convert.checkpointer.save.options import (
     WeightOptions,
 )
 from ckpt_convert.checkpointer.save.planner import Contents
+from ckpt_convert.checkpointer.save.upload import UploadOptions, WhenBehind
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.dtypes import OutputDType
@@ -92,6 +93,11 @@ class Checkpointer:
         process_group: Any = None,
         writers: Writers = "auto",
         storage_options: StorageOptions | None = None,
+        upload: Literal["behind", "direct"] = "behind",
+        local_dir: str | Path | None = None,
+        keep_local: int = 1,
+        upload_deadline: float = 3600,
+        when_behind: WhenBehind = "wait",
     ) -> None:
         """Open the source and check every option; nothing is written, no tensor is read.
 
@@ -138,6 +144,12 @@ class Checkpointer:
             writers: "direct" writes each rank's slices at their places; "exchange" sends them to the owners of ranges
                 of the files; "auto" does that with tensors of which ranks have many short runs, and on NFS and SMB.
             storage_options: options of the stores that URLs are in; see docs/storage.md.
+            upload: into an ``output_dir`` in an object store: "behind" writes a step to ``local_dir``, and uploads it
+                behind the training; "direct" writes into the store.
+            local_dir: a directory on a disk that all ranks see; by default a temporary one.
+            keep_local: how many of the newest steps stay in ``local_dir`` once they have arrived.
+            upload_deadline: the seconds that a failing upload is tried again for before that is raised.
+            when_behind: what a save that is due does while two steps are on their way: "wait" or "skip".
 
         Raises:
             UsageError: options that do not fit, all in one message.
@@ -157,6 +169,7 @@ class Checkpointer:
             process_group,
             writers,
             Hooks(before_save, emit),
+            UploadOptions(local_dir, keep_local, upload_deadline, when_behind) if upload == "behind" else None,
         )
         self._options = Options.of(arguments)
         self._ranks, self.workers = self._options.ranks, self._options.workers
@@ -347,7 +360,7 @@ class Checkpointer:
     def save(self) -> None:
         """Save this step now, unless it is saved already."""
         self._require("save()")
-        self._saver.background.check()
+        self._saver.check()
         if self._saver.saved_step != self.progress.step:
             self._saver.save()
 
@@ -375,7 +388,7 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Wait until a background save is complete; raises its error."""
-        self._saver.background.wait()
+        self._saver.wait()
 
     @property
     def saved(self) -> list[SavedStep]:
@@ -384,7 +397,7 @@ class Checkpointer:
 
     def newest(self) -> SavedStep | None:
         """The newest complete and undamaged checkpoint, None if there is none."""
-        return choosing.newest_sound_step(self._saver.directory.path, verify=True, workers=self.workers)
+        return choosing.newest_sound_step(self._saver.directory.places, verify=True, workers=self.workers)
 
     def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
         """Write more small files into every step: ``make`` returns their content, by name, at each save."""

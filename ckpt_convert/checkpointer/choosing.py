@@ -46,9 +46,9 @@ def choose_together(
     """``choose_step``, by the first of several ranks for all of them; they read together what it has checked."""
     ranks, workers, policy = options.ranks, options.workers, policy or directory.policy
     if ranks is not None and not ranks.is_first:
-        return _follow(ranks, workers)
+        return _follow(ranks, workers, directory.places)
     found = choose_step(
-        directory.path,
+        directory.places,
         from_,
         policy,
         from_dir=from_dir,
@@ -66,13 +66,14 @@ def _task(saved: SavedStep | None, *, is_chosen: bool) -> bytes:
     return packed([is_chosen, None if saved is None else str(saved.place.absolute())])
 
 
-def _follow(ranks: Ranks, workers: int) -> SavedStep | None:
+def _follow(ranks: Ranks, workers: int, places: Sequence[Place]) -> SavedStep | None:
     """Check what the first rank asks for, until it has chosen."""
     while True:
         is_chosen, place = unpacked(ranks.first(_CHOOSING, lambda: None))
         if place is None:
             return None
-        saved = saved_steps.read_step(checked_place(place), renamed=True)
+        ours = {str(one.absolute()): one for directory in places for one in saved_steps.list_directories(directory)}
+        saved = saved_steps.read_step(ours.get(place) or checked_place(place), renamed=True)
         if saved is None:
             raise UnreadableError(f"{place}: is seen by the first rank alone; output_dir has to be one for all of them")
         if is_chosen:
@@ -102,7 +103,7 @@ def _all_problems(every: Sequence[bytes]) -> list[bytes]:
 
 
 def choose_step(
-    output_dir: Place,
+    places: Sequence[Place],
     from_: Any,
     policy: retention.RetentionPolicy,
     *,
@@ -111,7 +112,7 @@ def choose_step(
     workers: int,
     ranks: Ranks | None = None,
 ) -> SavedStep | None:
-    """The checkpoint that ``from_`` selects; None if "latest" finds an empty ``output_dir``.
+    """The checkpoint that ``from_`` selects in the ``places`` of a run; None if "latest" finds none.
 
     ``from_dir`` is the directory of another run, in which it is looked for instead.
     "latest" passes over damaged ones with a warning. Raises CheckpointNotFoundError for one that is not there,
@@ -119,15 +120,15 @@ def choose_step(
     not give it.
     """
     if from_dir is not None:
-        output_dir = checked_place(from_dir, "from_dir")
+        places = [checked_place(from_dir, "from_dir")]
         if not (from_ in ("latest", "best") or isinstance(from_, int)):
             raise UsageError(f'from_dir={str(from_dir)!r}: expected from_="latest", "best" or a step, found {from_!r}')
     if from_ == "latest":
-        newest = newest_sound_step(output_dir, verify=verify, workers=workers, ranks=ranks)
+        newest = newest_sound_step(places, verify=verify, workers=workers, ranks=ranks)
         if newest is None and from_dir is not None:
-            raise CheckpointNotFoundError(f"{output_dir}: holds no complete checkpoint of a checkpointer")
+            raise CheckpointNotFoundError(f"{places[-1]}: holds no complete checkpoint of a checkpointer")
         return newest
-    there = saved_steps.scan_steps(output_dir)
+    there = saved_steps.scan_places(places)
     found: SavedStep | None
     if from_ == "best":
         metric = policy.metric(None)
@@ -135,17 +136,17 @@ def choose_step(
             raise UsageError('from_="best": best by what? Give the checkpointer best=, such as best="val_loss:min"')
         found = retention.best_step(there, metric)
         if found is None:
-            raise CheckpointNotFoundError(f"{output_dir}: no checkpoint has the metric {metric[0]!r}")
+            raise CheckpointNotFoundError(f"{places[-1]}: no checkpoint has the metric {metric[0]!r}")
     elif isinstance(from_, int) and not isinstance(from_, bool):
         found = next((saved for saved in reversed(there) if saved.step == from_), None)
         if found is None:
             steps = ", ".join(str(saved.step) for saved in there) or "none"
-            raise CheckpointNotFoundError(f"{output_dir}: has no complete checkpoint of step {from_}; it has: {steps}")
+            raise CheckpointNotFoundError(f"{places[-1]}: has no complete checkpoint of step {from_}; it has: {steps}")
     elif isinstance(from_, str | Path | Place):
         place = pointer.follow_pointer(checked_place(from_, "from_"))
         found = saved_steps.read_step(place.real(), renamed=True)
         if found is None:
-            found = newest_sound_step(place, verify=verify, workers=workers, ranks=ranks)
+            found = newest_sound_step([place], verify=verify, workers=workers, ranks=ranks)
         if found is None:
             raise CheckpointNotFoundError(
                 f"{from_}: is no complete checkpoint of a checkpointer, nor a directory of them; to start from weights "
@@ -159,10 +160,13 @@ def choose_step(
     return found
 
 
-def newest_sound_step(output_dir: Place, *, verify: bool, workers: int, ranks: Ranks | None = None) -> SavedStep | None:
-    """The newest undamaged checkpoint; None if there is no checkpoint at all."""
-    there = saved_steps.scan_steps(output_dir)
-    gone = [place for place in saved_steps.list_directories(output_dir) if saved_steps.is_damaged(place)]
+def newest_sound_step(
+    places: Sequence[Place], *, verify: bool, workers: int, ranks: Ranks | None = None
+) -> SavedStep | None:
+    """The newest undamaged checkpoint in some directories, the first of equal ones; None if there is none at all."""
+    there = [saved for place in reversed(places) for saved in saved_steps.scan_steps(place)]
+    there.sort(key=lambda saved: saved.sequence)
+    gone = [one for place in places for one in saved_steps.list_directories(place) if saved_steps.is_damaged(one)]
     lacking = [place for place in gone if not (place / MANIFEST).is_regular_file()]  # of others, the scan has warned
     for path in lacking:
         log.warning("%s is damaged and skipped: its manifest is missing", path)
@@ -176,7 +180,7 @@ def newest_sound_step(output_dir: Place, *, verify: bool, workers: int, ranks: R
     said += [f"{path}: its manifest is damaged or gone" for path in gone]
     if said:
         raise CorruptFileError(
-            f"{output_dir}: holds {len(there) + len(gone)} checkpoints, but none that is sound; move them elsewhere, "
+            f"{places[-1]}: holds {len(there) + len(gone)} checkpoints, but none that is sound; move them elsewhere, "
             f"or choose another output_dir, for a new run:{indented_list(said)}"
         )
     return None

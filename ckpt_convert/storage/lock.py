@@ -77,6 +77,9 @@ class Lock:
         """The descriptor of the locked file or directory."""
         return self._fd
 
+    def refuse_lost(self) -> None:
+        """Nothing: the system releases it with the process, and not before."""
+
     @property
     def held(self) -> bool:
         """Whether this process still has the lock: not after ``close``, nor in a forked child."""

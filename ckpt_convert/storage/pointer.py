@@ -3,12 +3,11 @@ made."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from pathlib import Path
 
-from ckpt_convert.errors import CkptConvertError, OutputExistsError
+from ckpt_convert.errors import CkptConvertError, OutputExistsError, UnreadableError
 from ckpt_convert.storage.names import check_name
 from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.system import UNSUPPORTED, replace_file, sync_directory
@@ -80,12 +79,19 @@ def follow_pointer(place: Place) -> Place:
 
 
 def read_pointer(place: Place) -> str | None:
-    """The target of a pointer; None if it is none of ours, which hold the plain name of a sibling directory."""
-    with contextlib.suppress(CkptConvertError, ValueError):
+    """The target of a pointer; None if it is none of ours, which hold the plain name of a sibling directory.
+
+    Raises UnreadableError.
+    """
+    try:
         place = place.listed()
         said = place.link()
         if said is None and place.is_regular_file() and place.identity().size <= _LONGEST_POINTER:
             said = place.read(_LONGEST_POINTER).decode().removesuffix("\n")
         if said and "/" not in said and not said.startswith("."):
             return check_name(said, str(place))
+    except UnreadableError:
+        raise
+    except (CkptConvertError, ValueError):
+        pass
     return None

@@ -179,10 +179,18 @@ class StoreLock:
             self._ends.set()
             _held.discard(self._owner.token)
             try:
-                if self._is_mine():
-                    self._place.store.delete([str(self._place.path)])
-            except CkptConvertError as error:
-                log.warning("%s could not be removed, and holds others up for %.0f s: %s", self._place, LEASE, error)
+                self._remove()
+            except CkptConvertError:  # which may have been the answer alone
+                try:
+                    self._remove()
+                except CkptConvertError as error:
+                    log.warning(
+                        "%s could not be removed, and holds up others for %.0f s: %s", self._place, LEASE, error
+                    )
+
+    def _remove(self) -> None:
+        if self._is_mine():
+            self._place.store.delete([str(self._place.path)])
 
     def _is_mine(self) -> bool:
         """Whether the lock is this one; its etag is taken over where the answer was lost that gave it."""

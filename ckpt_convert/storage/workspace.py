@@ -150,6 +150,9 @@ class Stage(Protocol):
 class HeldLock(Protocol):
     """A lock that this process holds until it is closed."""
 
+    def refuse_lost(self) -> None:
+        """Raise LockedError if it was lost to another process, as a lease may be that was not renewed in time."""
+
     def close(self) -> None: ...
 
 

@@ -51,7 +51,7 @@ def store_of(place: Place) -> FailingStore:
 
 def train(source: Path, output: Place | Path, until: int, **options: Any) -> tuple[Trained, dict[int, float]]:
     trained = Trained(source)
-    with Checkpointer(source, output, save_every=2, **options) as checkpointer:
+    with Checkpointer(source, output, save_every=2, upload="direct", **options) as checkpointer:
         checkpointer.load_model(trained.model)
         checkpointer.resume(**trained.parts)
         losses = trained.go(checkpointer, until, evaluate=2)
@@ -114,7 +114,9 @@ def test_an_adapter(merged: bool, source: Path, anywhere: Place) -> None:
         return NativeLlama.from_config(source / "config.json")
 
     def opened(model: NativeLlama) -> Checkpointer:
-        checkpointer = Checkpointer(source, anywhere, adapter=AdapterConfig(4, 8.0), save_every=1, merged=merged)
+        checkpointer = Checkpointer(
+            source, anywhere, upload="direct", adapter=AdapterConfig(4, 8.0), save_every=1, merged=merged
+        )
         checkpointer.load_model(model)
         add_lora(model, 4, 8.0, ("q_proj", "w1"))
         return checkpointer
@@ -141,8 +143,8 @@ def test_a_fresh_start_takes_the_place_of_a_run(source: Path, run: Place) -> Non
     train(source, run, 5)
     trained = Trained(source)
     with pytest.raises(OutputExistsError, match=r"memory://runs/mine: holds 3 checkpoints, up to step 5"):
-        Checkpointer(source, run).register(**trained.parts)
-    with Checkpointer(source, run, save_every=2, overwrite=True) as checkpointer:
+        Checkpointer(source, run, upload="direct").register(**trained.parts)
+    with Checkpointer(source, run, upload="direct", save_every=2, overwrite=True) as checkpointer:
         checkpointer.load_model(trained.model)
         checkpointer.register(**trained.parts)
         trained.go(checkpointer, 2)
@@ -160,10 +162,10 @@ def test_a_step_is_the_source_of_another_run(source: Path, run: Place, tmp_path:
 
 def test_a_second_checkpointer_is_refused(source: Path, run: Place) -> None:
     trained = Trained(source)
-    with Checkpointer(source, run) as checkpointer:
+    with Checkpointer(source, run, upload="direct") as checkpointer:
         checkpointer.register(**trained.parts)
         with pytest.raises(LockedError, match=r"(?s)another checkpointer is writing here.*if that has ended, delete"):
-            Checkpointer(source, run).register(**trained.parts)
+            Checkpointer(source, run, upload="direct").register(**trained.parts)
     assert LOCK not in store_of(run).files
 
 
@@ -181,7 +183,7 @@ def test_what_a_killed_run_left_is_cleared_away(source: Path, run: Place, caplog
     with pytest.raises(InputError):
         open_checkpoint(run / "step_4")
     trained = Trained(source)
-    with Checkpointer(source, run) as checkpointer:
+    with Checkpointer(source, run, upload="direct") as checkpointer:
         checkpointer.load_model(trained.model)
         progress = checkpointer.resume(**trained.parts)
         assert progress is not None
@@ -193,7 +195,7 @@ def test_what_a_killed_run_left_is_cleared_away(source: Path, run: Place, caplog
 def test_requests(source: Path, run: Place) -> None:
     """What a save costs once a run is under way, with a step to be pruned."""
     trained, store = Trained(source), store_of(run)
-    with Checkpointer(source, run, save_every=1, save_last=False, keep_last=1) as checkpointer:
+    with Checkpointer(source, run, upload="direct", save_every=1, save_last=False, keep_last=1) as checkpointer:
         checkpointer.load_model(trained.model)
         checkpointer.resume(**trained.parts)
         trained.go(checkpointer, 2)
@@ -221,7 +223,7 @@ def test_whatever_request_of_a_save_fails_a_sound_step_is_gone_on_from(
         run = Place(FailingStore(beside), PurePosixPath("runs/mine"))
         store = store_of(run)
         model = NativeLlama.from_config(source / "config.json")
-        checkpointer = Checkpointer(source, run, save_every=1, save_last=False, keep_last=1, workers=1)
+        checkpointer = Checkpointer(source, run, upload="direct", save_every=1, save_last=False, keep_last=1, workers=1)
         with contextlib.suppress(CkptConvertError), checkpointer:
             checkpointer.load_model(model)
             checkpointer.register(model=model)
@@ -233,9 +235,9 @@ def test_whatever_request_of_a_save_fails_a_sound_step_is_gone_on_from(
         reached, _ = store.failed, store.arm(None)
         assert beside.items() <= store.files.items(), number
         store.delete([LOCK])  # what a person is told to remove where nobody else could
-        assert choosing.newest_sound_step(run, verify=True, workers=1) is not None, number
+        assert choosing.newest_sound_step([run], verify=True, workers=1) is not None, number
         again = NativeLlama.from_config(source / "config.json")
-        with Checkpointer(source, run, save_every=1, save_last=False, keep_last=1) as checkpointer:
+        with Checkpointer(source, run, upload="direct", save_every=1, save_last=False, keep_last=1) as checkpointer:
             progress = checkpointer.resume(model=again)
             assert progress is not None, number
             assert bool((again.norm.scale == 2).all()) is (progress.step == 2), number

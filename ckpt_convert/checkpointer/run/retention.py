@@ -133,8 +133,10 @@ def _ranked(saved: Sequence[SavedStep], metric: BestMetric) -> list[SavedStep]:
     return sorted(candidates, key=lambda one: (sign * one.metrics[name], -one.sequence))
 
 
-def apply_retention(decision: RetentionDecision) -> None:
+def apply_retention(decision: RetentionDecision, *, raises: bool = False) -> None:
     """Delete checkpoints and training states; failures are warnings, and retried by ``saved_steps.clean_up``.
+
+    With ``raises`` they are errors.
 
     An interruption never leaves an incomplete checkpoint that looks complete: the manifest is changed before a training
     state is removed, and a directory is renamed before it is deleted. A directory that is no longer the checkpoint of
@@ -142,10 +144,10 @@ def apply_retention(decision: RetentionDecision) -> None:
     """
     for saved in decision.delete:
         if _is_there(saved):
-            _delete(saved)
+            _delete(saved, raises)
     for saved in decision.drop_state:
         if _is_there(saved):
-            _thin(saved)
+            _thin(saved, raises)
 
 
 def _is_there(saved: SavedStep) -> bool:
@@ -156,20 +158,24 @@ def _is_there(saved: SavedStep) -> bool:
     return found is not None and found.sequence == saved.sequence
 
 
-def _delete(saved: SavedStep) -> None:
+def _delete(saved: SavedStep, raises: bool) -> None:
     try:
         workspace.workspace_of(saved.place).withdraw(saved.place, saved_steps.RULES)
     except (OSError, CkptConvertError) as error:
+        if raises:
+            raise
         said = error.strerror if isinstance(error, OSError) else error
         log.warning("%s is to be kept no longer, but cannot be removed: %s", saved.place, said)
     else:
         log.info("%s removed: not among those to keep", saved.place)
 
 
-def _thin(saved: SavedStep) -> None:
+def _thin(saved: SavedStep, raises: bool) -> None:
     try:
         saved_steps.amend_step(saved, **{TRAINING_STATE: saved_steps.REMOVED})
     except (OSError, CkptConvertError) as error:
+        if raises:
+            raise
         log.warning("%s: its training state cannot be removed: %s", saved.place, error)
         return
     saved_steps.finish_state_removal(saved.place)

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +153,15 @@ def scan_steps(output_dir: Place, saver: str = "default") -> list[SavedStep]:
     """
     found = (read_step(place, saver) for place in list_directories(output_dir) if not place.name.startswith("."))
     return sorted((saved for saved in found if saved is not None), key=lambda saved: saved.sequence)
+
+
+def scan_places(places: Sequence[Place]) -> list[SavedStep]:
+    """The complete checkpoints of several directories, oldest first; of one that is in several the first has it."""
+    found: dict[tuple[str, int], SavedStep] = {}
+    for place in places:
+        for saved in scan_steps(place):
+            found.setdefault((saved.place.name, saved.sequence), saved)
+    return sorted(found.values(), key=lambda saved: saved.sequence)
 
 
 def list_directories(output_dir: Place) -> list[Place]:

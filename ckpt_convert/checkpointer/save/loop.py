@@ -71,11 +71,11 @@ class TrainingLoop:
         elif due:
             self._saver.save_or_hold()
         else:
-            self._saver.background.check()
+            self._saver.check()
         progress = self._counts.progress
         self._counts.watch.warn_missed(progress)
         if signalled:
-            self._saver.background.wait()
+            self._saver.wait()
             log.warning("saved step %d; end the loop where checkpointer.should_stop says so", progress.step)
 
     @first_speaks
@@ -92,7 +92,7 @@ class TrainingLoop:
         elif due:
             saver.save_or_hold()
         counts.warn_of_report(wrong, changed, saver.saved_step)
-        saver.background.check()
+        saver.check()
 
     @first_speaks
     def end_epoch(self, parts: TrainingParts) -> None:
@@ -102,7 +102,7 @@ class TrainingLoop:
         if self._counts.due("epoch") and self._saver.saved_step != self._counts.progress.step:
             self._saver.save_or_hold()
         self._counts.watch.warn_missed(self._counts.progress)
-        self._saver.background.check()
+        self._saver.check()
 
     def epochs(self, parts: TrainingParts, count: int | None) -> Iterator[int]:
         """The indices of the remaining epochs; the end of each is counted, unless the loop is left."""

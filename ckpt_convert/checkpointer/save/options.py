@@ -27,6 +27,8 @@ from ckpt_convert.checkpointer.run.source import Config, Source
 from ckpt_convert.checkpointer.save.planner import CONTENTS, Contents, Settings, Tensors
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.checkpointer.save.signals import parse_signals
+from ckpt_convert.checkpointer.save.upload import UploadOptions
+from ckpt_convert.checkpointer.save.uploaded_directory import UploadedDirectory
 from ckpt_convert.dtypes import CASTS, torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.models import FAMILIES
@@ -164,6 +166,7 @@ class Arguments:
     process_group: Any
     writers: Writers
     hooks: Hooks = Hooks()
+    upload: UploadOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +196,7 @@ class Options:
     ranks: Ranks | None
     writers: Writers
     hooks: Hooks
+    upload: UploadOptions | None
 
     @classmethod
     def of(cls, given: Arguments) -> Options:
@@ -232,6 +236,7 @@ class Options:
             ranks=ranks,
             writers=given.writers,
             hooks=given.hooks,
+            upload=given.upload,
             workers=given.workers or DEFAULT_WORKERS,
             config=given.source.config,
             family=given.source.family,
@@ -255,7 +260,9 @@ class Options:
         if self.output_dir is None:
             return None
         named = self.output_dir, self.template, self.run_name
-        return RunDirectory(*named, self.policy, self.ranks, self.writers)
+        if self.output_dir.is_local or self.upload is None:
+            return RunDirectory(*named, self.policy, self.ranks, self.writers)
+        return UploadedDirectory(*named, self.policy, self.ranks, self.writers, self.upload)
 
 
 def check(given: Arguments) -> Final:
@@ -298,6 +305,8 @@ def _alone(given: Arguments, final: Final) -> Iterator[str]:
     for option, (value, values) in known.items():
         if value is not None and value not in values:
             yield f"{option}={value!r}: expected one of {', '.join(values)}"
+    if given.upload is not None:
+        yield from given.upload.problems()
     workers = given.workers
     if workers is not None and (type(workers) is not int or workers < 1):
         yield f"workers={workers!r}: expected a whole number from 1 on, or None to let it be chosen"

@@ -52,8 +52,12 @@ class RunDirectory:
         policy: retention.RetentionPolicy,
         ranks: Ranks | None = None,
         writers: Writers = "auto",
+        *,
+        raises: bool = False,
     ) -> None:
+        """``raises``: what fails after a step is complete is an error, for a caller that tries again, not a warning."""
         self.path = path
+        self._raises, self._only_warned = raises, _raised if raises else only_warned
         self._exchange = None if ranks is None else Exchange(ranks.channel("save"))
         self._writers = writers
         self.ranks = None if self._exchange is None else self._exchange.ranks
@@ -161,9 +165,29 @@ class RunDirectory:
             self._claim = None
 
     @property
+    def places(self) -> tuple[Place, ...]:
+        """Where the steps are; of one that is in several places, the first has it."""
+        return (self.path,)
+
+    @property
     def saved(self) -> list[SavedStep]:
         """The complete checkpoints, oldest first."""
-        return saved_steps.scan_steps(self.path)
+        return saved_steps.scan_places(self.places)
+
+    def settle(self) -> None:
+        """Wait until what was saved is where it belongs: it is, once it is written."""
+
+    def raise_failures(self) -> None:
+        """Raise what has failed since the steps were written: nothing does."""
+
+    def await_room(self, step: int, *, may_skip: bool) -> bool:
+        """Whether to save a step, once there is room for it: there always is."""
+        return True
+
+    def refuse_lost(self) -> None:
+        """Raise LockedError if the lock was lost to another process."""
+        if self._lock is not None:
+            self._lock.refuse_lost()
 
     @property
     def best(self) -> SavedStep | None:
@@ -204,15 +228,26 @@ class RunDirectory:
             write_step(step, destination, workers=workers, mode=self._mode, alone=True, progress=progress)
             self._published(destination)
 
+    def published(self, destination: Place) -> None:
+        """Move the pointers to a complete step, and delete what the policy does not keep."""
+        self._published(destination)
+
+    def prune(self, resumed: Place | None) -> None:
+        """Delete what the policy does not keep, except the resumed step."""
+        self._prune(resumed)
+
     def _published(self, destination: Place) -> None:
         self._unwritten.pop(destination, None)
         self._point_at(destination)
-        with _only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
-            gone, self._superseded = self._superseded, ()
-            retention.apply_retention(
-                retention.RetentionDecision(delete=tuple(one for one in gone if one.place != destination))
-            )
+        with self._only_warned(f"{destination} is saved, but earlier checkpoints cannot be looked through"):
+            self._delete_superseded(destination)
             self._prune()
+
+    def _delete_superseded(self, destination: Place) -> None:
+        """Delete the steps of a run that was started over, now that its first one is complete."""
+        gone = tuple(one for one in self._superseded if one.place != destination)
+        retention.apply_retention(retention.RetentionDecision(delete=gone), raises=self._raises)
+        self._superseded = ()
 
     @property
     def is_followed(self) -> bool:
@@ -221,7 +256,7 @@ class RunDirectory:
 
     def _point_at(self, newest: Place) -> None:
         if (name := self._template.latest_name) is not None:
-            with _only_warned(f"{newest} is saved, but {name} cannot be made to lead to it"):
+            with self._only_warned(f"{newest} is saved, but {name} cannot be made to lead to it"):
                 if pointer.pointer_target(self.path, name) != newest:
                     self._workspace.point(self.path, name, newest.name)
 
@@ -229,7 +264,7 @@ class RunDirectory:
         """Let the pointer lead to the best checkpoint, or remove it where none has the metric."""
         if (name := self._template.best_name) is None:
             return
-        with _only_warned(f"{self.path}: {name} cannot be made to lead to the best checkpoint"):
+        with self._only_warned(f"{self.path}: {name} cannot be made to lead to the best checkpoint"):
             best, target = self.best, pointer.read_pointer(self.path / name)
             if best is None and target is not None:
                 self._workspace.remove(self.path, [name])
@@ -244,7 +279,7 @@ class RunDirectory:
         if self.is_followed:
             return
         self._unwritten[destination] = metrics, evals
-        with _only_warned(f"{destination} is saved, but its metrics cannot be written now"):
+        with self._only_warned(f"{destination} is saved, but its metrics cannot be written now"):
             if self._write_metrics():
                 self._prune()
 
@@ -253,7 +288,7 @@ class RunDirectory:
         found: list[str] = []
         if self.is_followed:
             return
-        with _only_warned(f"{self.path}: files in the way of later steps cannot be examined"):
+        with self._only_warned(f"{self.path}: files in the way of later steps cannot be examined"):
             steps = {
                 one.place: one.step for one in self.saved if self.destination(one.progress, one.metrics) == one.place
             }
@@ -290,7 +325,8 @@ class RunDirectory:
     def _prune(self, resumed: Place | None = None) -> None:
         self._write_metrics()
         self._point_at_best()  # before the former best one is removed
-        retention.apply_retention(retention.decide_retention(self.saved, self.policy, {resumed, self.stand_in}))
+        decision = retention.decide_retention(self.saved, self.policy, {resumed, self.stand_in})
+        retention.apply_retention(decision, raises=self._raises)
 
     def _write_metrics(self) -> bool:
         """Write the metrics that are not in their checkpoint yet; returns whether there were any."""
@@ -325,7 +361,12 @@ class RunDirectory:
 
 
 @contextlib.contextmanager
-def _only_warned(what: str) -> Iterator[None]:
+def _raised(what: str) -> Iterator[None]:
+    yield
+
+
+@contextlib.contextmanager
+def only_warned(what: str) -> Iterator[None]:
     """Turn errors after a step is complete into warnings: the step is saved, and training continues."""
     try:
         yield

@@ -125,11 +125,22 @@ class Saver:
             self._captured_trained = True
             parts.get_state()
 
+    def check(self) -> None:
+        """Raise what has failed behind the training; never waits."""
+        self.background.check()
+        self.directory.raise_failures()
+
+    def wait(self) -> None:
+        """Wait until what was saved is complete where it belongs; raises what has failed."""
+        self.background.wait()
+        if self._run is not None:
+            self._run.settle()
+
     def save_or_hold(self) -> None:
         """Save a step that is due: now, or if saves are held, at ``save_held``."""
         if self.holds_saves:
             self.is_save_held = True
-        else:
+        elif self.directory.await_room(self.counts.progress.step, may_skip=True):
             self.save()
 
     def save_held(self) -> None:
@@ -177,6 +188,7 @@ class Saver:
         if self.background.is_busy:
             log.info("step %d waits for the save before it", progress.step)
         failed = self.background.settle()
+        self.directory.await_room(progress.step, may_skip=False)
         tensors = model_tensors(parts.model)
         state = parts.get_state() if settings.contents == "full" else None
         destination = self.next_destination
@@ -252,7 +264,7 @@ class Saver:
             self.save_held()
         if trained and not stopped:
             self.counts.watch.warn_at_end(self.counts.progress)
-        self.background.wait()
+        self.wait()
         if failed is not None:
             raise failed
 

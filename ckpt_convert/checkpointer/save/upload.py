@@ -1,0 +1,226 @@
+"""Uploading the complete steps of a run behind the training: one at a time, in order, until each has arrived."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal, get_args
+
+from ckpt_convert.checkpoint.record import MANIFEST, listed_files, read_manifest
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.convert import ownership
+from ckpt_convert.errors import NotEnoughSpaceError, UnreadableError, UnwritableError
+from ckpt_convert.storage import workspace
+from ckpt_convert.storage.names import partial_path
+from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.system import Advice
+from ckpt_convert.wording import human_bytes
+
+log = logging.getLogger("ckpt_convert")
+
+WhenBehind = Literal["wait", "skip"]
+
+WAITING = 2
+"""Steps that may be on their way: one that is uploaded, and a complete one that waits for it."""
+
+_BLOCK = 1 << 20
+"""Bytes that are read at once; the store's writer joins them to parts."""
+
+_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
+"""Seconds between two attempts: the first time, doubled each time, and at most."""
+
+_PASSES = (UnwritableError, UnreadableError, NotEnoughSpaceError)
+"""Errors of a store or a network that may pass."""
+
+_ADVICE = Advice("the step is complete on the local disk", "the step is complete on the local disk")
+
+
+@dataclass(frozen=True)
+class UploadOptions:
+    """How the steps of a run get into an object store.
+
+    ``local_dir`` is where they are written first, None for a temporary directory, and ``keep_local`` how many stay
+    there; ``deadline`` are the seconds that failing uploads are tried for before the run is told; ``when_behind`` is
+    what a save does that is due while two steps are on their way.
+    """
+
+    local_dir: str | Path | None = None
+    keep_local: int = 1
+    deadline: float = 3600.0
+    when_behind: WhenBehind = "wait"
+
+    def problems(self) -> Iterator[str]:
+        """What is wrong with the options, by the names of the checkpointer's."""
+        if type(self.keep_local) is not int or self.keep_local < 0:
+            yield f"keep_local={self.keep_local!r}: expected a whole number from 0 on"
+        if not isinstance(self.deadline, int | float) or not self.deadline > 0:
+            yield f"upload_deadline={self.deadline!r}: expected a number of seconds"
+        if self.when_behind not in get_args(WhenBehind):
+            yield f"when_behind={self.when_behind!r}: expected one of {', '.join(get_args(WhenBehind))}"
+
+
+def upload_step(local: Place, destination: Place) -> None:
+    """Copy a complete step into a store, where it appears complete: weights first, its manifest last.
+
+    Objects that an interrupted upload of the same step has finished are kept. Raises what the store does; what is there
+    then is no complete step, and a later call goes on.
+    """
+    started = time.monotonic()
+    files = _files(local)
+    sizes = {name: place.identity().size for name, place in files.items() if name != MANIFEST}
+    identity = json.dumps([read_manifest(local)["training"]["sequence"], sorted(sizes.items())])
+    rules, store = ownership.STEP_RULES, workspace.workspace_of(destination)
+    with store.stage(destination, rules, overwrite=True, resume=True, advice=_ADVICE, alone=True) as stage:
+        first, *whole = stage.journal() or [""]
+        journal = stage.begin(identity, set(whole) & files.keys() if first == identity else ())
+        stage.expect(files)
+        for name in sorted(files, key=lambda name: (rules.rank(name), name)):
+            if stage.folder.comes_last(name):
+                stage.folder.write(name, files[name].read(1 << 30))
+            elif first != identity or name not in whole:
+                _copy(files[name], stage.folder, name)
+                journal.note_file(name, name)
+        stage.commit()
+    log.info("uploaded %s (%s in %.1f s)", destination, human_bytes(sum(sizes.values())), time.monotonic() - started)
+
+
+def _files(step: Place) -> dict[str, Place]:
+    """The files of a step that its manifest lists, and the manifest; not one that is being replaced."""
+    being_written = partial_path(PurePosixPath(MANIFEST)).name
+    names = (name for name in listed_files(step) if PurePosixPath(name).name != being_written)
+    return {name: (step / name).without_listing() for name in names}
+
+
+def _copy(source: Place, folder: workspace.Folder, name: str) -> None:
+    with source.open() as reader, folder.file(name, reader.size) as file:
+        buffer = memoryview(bytearray(min(_BLOCK, reader.size)))
+        for offset in range(0, reader.size, _BLOCK):
+            block = buffer[: min(_BLOCK, reader.size - offset)]
+            reader.readinto(offset, block)
+            file.write(offset, block)
+        file.sync()
+
+
+def has_arrived(local: Place, destination: Place) -> bool:
+    """Whether every file of a step is in the store, with its size, and the step is complete there."""
+    there = {place.relative_name(destination): entry.size for place, entry in destination.listed().entries().items()}
+    here = {name: place.identity().size for name, place in _files(local).items()}
+    return (here | {MANIFEST: 0}) == (there | {MANIFEST: 0}) and saved_steps.read_step(destination) is not None
+
+
+class Uploader:
+    """A thread that does what it is given in order, and again where a store or a network fails, until it succeeds.
+
+    What has failed for longer than the deadline is raised by ``check`` and ``wait``, and tried again afterwards. After
+    an error that does not pass, such as a lost lock, nothing more is done.
+    """
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._work: deque[tuple[bool, str, Callable[[], None]]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._failing_since: float | None = None
+        self._told_at = 0.0
+        self._error: Exception | None = None
+        self._ends = False
+
+    def submit(self, what: str, work: Callable[[], None], *, is_step: bool = False) -> None:
+        """Do this after all that was given before; ``is_step`` counts it among the steps on their way."""
+        with self._changed:
+            self._work.append((is_step, what, work))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ckpt-convert-upload", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    @property
+    def steps(self) -> int:
+        """The steps on their way."""
+        with self._changed:
+            return self._steps()
+
+    def _steps(self) -> int:
+        return 0 if self._ends else sum(is_step for is_step, _, _ in self._work)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all that was given is done."""
+        with self._changed:
+            return not self._work
+
+    def check(self) -> None:
+        """Raise what has failed for longer than the deadline; never waits."""
+        with self._changed:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def wait(self, steps: int = 0) -> None:
+        """Wait until at most so many steps are on their way, or with 0 until all is done; raises as ``check``."""
+        with self._changed:
+            while self._error is None and not self._ends and (self._steps() > steps if steps else self._work):
+                self._changed.wait(0.5)  # so that a signal is handled
+        self.check()
+
+    def close(self) -> None:
+        """End the thread; what is not done is left."""
+        with self._changed:
+            self._ends = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join()
+
+    def _run(self) -> None:
+        pause = _PAUSE
+        while True:
+            with self._changed:
+                while not self._work and not self._ends:
+                    self._changed.wait()
+                if self._ends:
+                    return
+                _, what, work = self._work[0]
+            try:
+                work()
+            except _PASSES as error:
+                self._failed(what, error)
+            except Exception as error:
+                with self._changed:
+                    self._error, self._ends = error, True
+                    self._changed.notify_all()
+                return
+            else:
+                self._done(what)
+                pause = _PAUSE
+                continue
+            with self._changed:
+                self._changed.wait_for(lambda: self._ends, pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    def _done(self, what: str) -> None:
+        with self._changed:
+            self._work.popleft()
+            if self._failing_since is not None:
+                log.warning("%s: succeeded after %.0f s", what, time.monotonic() - self._failing_since)
+            self._failing_since = None
+            self._changed.notify_all()
+
+    def _failed(self, what: str, error: Exception) -> None:
+        """Note a failure that may pass: told to the run after the deadline."""
+        with self._changed:
+            now = time.monotonic()
+            if self._failing_since is None:
+                self._failing_since = self._told_at = now
+                log.warning("%s failed, and is tried again: %s", what, error)
+            if now - self._told_at >= self._deadline:
+                seconds, self._told_at = now - self._failing_since, now
+                text = f"{what} has failed for {seconds:.0f} s, and is tried again as long as the run lasts: {error}"
+                self._error = type(error)(text)
+                self._changed.notify_all()

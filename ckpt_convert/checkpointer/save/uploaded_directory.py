@@ -1,0 +1,208 @@
+"""The directory of a run in an object store: its steps are complete on a disk first, and are uploaded from there."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.checkpointer.distributed.exchange import Writers
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, unpacked
+from ckpt_convert.checkpointer.run import retention, saved_steps
+from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory, only_warned
+from ckpt_convert.checkpointer.save.upload import WAITING, Uploader, UploadOptions, has_arrived, upload_step
+from ckpt_convert.errors import UsageError
+from ckpt_convert.storage import workspace
+from ckpt_convert.storage.place import Place, as_place
+
+log = logging.getLogger("ckpt_convert")
+
+
+class UploadedDirectory(RunDirectory):
+    """A run's directory whose steps are written to ``path``, on a disk, and uploaded behind the training.
+
+    Pointers and retention are those of the directory in the store; on the disk the newest steps stay, and those that
+    have not arrived.
+    """
+
+    def __init__(
+        self,
+        output_dir: Place,
+        template: DirectoryTemplate,
+        run_name: str | None,
+        policy: retention.RetentionPolicy,
+        ranks: Ranks | None,
+        writers: Writers,
+        options: UploadOptions,
+    ) -> None:
+        self._is_temporary = options.local_dir is None
+        local = _local_dir(options.local_dir, ranks)
+        super().__init__(as_place(local), template, run_name or output_dir.name, policy, ranks, writers)
+        self.remote = RunDirectory(output_dir, template, self.run_name, policy, raises=True)
+        self._options = options
+        self._uploader = Uploader(options.deadline)
+        self._arrived: set[str] = set()
+        self._is_pruning = False
+
+    # What is there
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        return self.path, self.remote.path
+
+    def check(self, source: Identified) -> None:
+        super().check(source)
+        self.remote.check(source)
+
+    # Opening and closing
+
+    def _open_for(self, every: Sequence[bytes], source: Identified) -> list[bytes]:
+        hosts = {unpacked(one)[0] for one in every}
+        if self._is_temporary and len(hosts) > 1:
+            raise UsageError(
+                f"{self.remote.path}: the steps of ranks on {len(hosts)} machines are put together before they are "
+                "uploaded; give local_dir=, a directory on a file system that all of them see"
+            )
+        return super()._open_for(every, source)
+
+    def _open(self, source: Identified) -> None:
+        self.remote.open(source, {})
+        super()._open(source)
+
+    def _take(self) -> None:
+        super()._take()
+        there = {saved.place.name: saved for saved in self.remote.saved}
+        newest = max((saved.sequence for saved in there.values()), default=0)
+        for saved in saved_steps.scan_steps(self.path):
+            name = saved.place.name
+            if name in there and there[name].sequence == saved.sequence:
+                self._arrived.add(name)
+                if there[name].metrics != saved.metrics:
+                    self.amend(saved.place, saved.metrics, saved.progress.evals)
+            elif saved.sequence > newest:
+                self._submit(name)  # the run was killed before it had arrived
+            else:
+                log.warning("%s: is not in %s, whose steps are newer; it is left there", saved.place, self.remote.path)
+        self._sequence = max(self._sequence, newest)
+
+    def close(self) -> None:
+        """Release both directories. Steps that have not arrived stay on the disk."""
+        self._uploader.close()
+        try:
+            self.remote.close()
+        finally:
+            super().close()
+        if self._is_temporary and not self.is_followed:
+            left = saved_steps.scan_steps(self.path)
+            if self._uploader.is_done:
+                shutil.rmtree(self.path.local, ignore_errors=True)
+            elif left:
+                log.warning(
+                    "%s has not arrived in %s, and stays in %s; local_dir=%r goes on with it",
+                    *(", ".join(one.place.name for one in left), self.remote.path, self.path, str(self.path)),
+                )
+
+    # Saving
+
+    def settle(self) -> None:
+        """Wait until everything has arrived; raises what has failed for longer than the deadline."""
+        if not self.is_followed:
+            self._uploader.wait()
+
+    def raise_failures(self) -> None:
+        if self.ranks is None:
+            self._uploader.check()
+
+    def await_room(self, step: int, *, may_skip: bool) -> bool:
+        """Whether to save a step: not while others are on their way, if such a save is to be left out; else waits."""
+        if self.ranks is None:
+            return self._await_room(step, may_skip=may_skip)
+        what = "waiting for uploads"
+        return self.ranks.first(what, lambda: b"y" if self._await_room(step, may_skip=may_skip) else b"") == b"y"
+
+    def _await_room(self, step: int, *, may_skip: bool) -> bool:
+        self._uploader.check()
+        if self._uploader.steps < WAITING:
+            return True
+        if may_skip and self._options.when_behind == "skip":
+            log.warning("step %d is not saved: %d steps before it are still being uploaded", step, WAITING)
+            return False
+        log.warning("step %d waits until a step before it is uploaded", step)
+        self._uploader.wait(WAITING - 1)
+        return True
+
+    def replace_later(self, steps: Iterable[SavedStep]) -> None:
+        steps = list(steps)
+        super().replace_later(one for one in steps if one.place.parent == self.path)
+        self.remote.replace_later(one for one in steps if one.place.parent != self.path)
+
+    def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
+        """Write metrics that were reported after a save into its checkpoint, on the disk and in the store."""
+        super().amend(destination, metrics, evals)
+        if not self.is_followed:
+            there = self.remote.path / destination.name
+            what = f"writing the metrics of {there}"
+            self._uploader.submit(what, lambda: self.remote.amend(there, metrics, evals))
+
+    def _point_at(self, newest: Place) -> None:
+        """Nothing: the pointers are in the store."""
+
+    def _point_at_best(self) -> None:
+        """Nothing: the pointers are in the store."""
+
+    def _published(self, destination: Place) -> None:
+        self._unwritten.pop(destination, None)
+        with only_warned(f"{destination} is saved, but earlier checkpoints cannot be removed"):
+            self._delete_superseded(destination)
+        self._submit(destination.name)
+
+    def _prune(self, resumed: Place | None = None) -> None:
+        """Prune the store once what is on its way has arrived; steps on the disk go as they arrive."""
+        self._write_metrics()
+        kept = None if resumed is None else self.remote.path / resumed.name
+        self._uploader.submit(f"pruning {self.remote.path}", lambda: self._prune_store(lambda: self.remote.prune(kept)))
+
+    def _submit(self, name: str) -> None:
+        there = self.remote.path / name
+        self._uploader.submit(f"uploading {there}", lambda: self._upload(name), is_step=True)
+
+    def _upload(self, name: str) -> None:
+        """Upload a step; then move the store's pointers, prune it, and remove older steps from the disk."""
+        if saved_steps.read_step(self.path / name) is None:
+            return  # replaced by one that was saved later
+        self.remote.refuse_lost()
+        upload_step(self.path / name, self.remote.path / name)
+        if has_arrived(self.path / name, self.remote.path / name):
+            self._arrived.add(name)
+        with only_warned(f"{self.path}: what has arrived cannot be removed"):
+            self._drop_local()  # before the store is pruned, so that a step that is in neither was never complete
+        self._prune_store(lambda: self.remote.published(self.remote.path / name))
+
+    def _prune_store(self, work: Callable[[], None]) -> None:
+        """Work that removes steps from the store; what an earlier attempt has left half-removed goes first."""
+        if self._is_pruning:
+            saved_steps.clean_up(self.remote.path)
+        self._is_pruning = True
+        work()
+        self._is_pruning = False
+
+    def _drop_local(self) -> None:
+        steps = saved_steps.scan_steps(self.path)
+        for saved in steps[: len(steps) - self._options.keep_local]:
+            if saved.place != self.stand_in and saved.place.name in self._arrived:
+                workspace.workspace_of(saved.place).withdraw(saved.place, saved_steps.RULES)
+                log.info("%s removed: it is in %s", saved.place, self.remote.path)
+
+
+def _local_dir(given: str | Path | None, ranks: Ranks | None) -> Path:
+    """The directory on the disk, made here where none is given; the same on all ranks."""
+    if given is not None:
+        return Path(given).expanduser()
+    if ranks is None:
+        return Path(tempfile.mkdtemp(prefix="ckpt-convert-"))
+    return Path(ranks.first("making a directory", lambda: tempfile.mkdtemp(prefix="ckpt-convert-").encode()).decode())

@@ -1,0 +1,364 @@
+"""A run whose directory is in a store: written on a disk, uploaded behind the training, and gone on from anywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import torch
+
+from ckpt_convert import Checkpointer, CkptConvertError
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.save import upload, uploaded_directory
+from ckpt_convert.errors import LockedError, UsageError
+from ckpt_convert.storage import pointer
+from ckpt_convert.storage.place import Place, as_place
+from tests.checkpointer.training import Trained, trainable
+from tests.storage.failing import FailingStore
+
+MANIFEST = "ckpt_convert/manifest.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trainable(tmp_path_factory.mktemp("source") / "hf")
+
+
+@pytest.fixture
+def run() -> Place:
+    return Place(FailingStore(), PurePosixPath("runs/mine"))
+
+
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails is tried again at once."""
+    monkeypatch.setattr(upload, "_PAUSE", 0.001)
+
+
+def store_of(place: Place) -> FailingStore:
+    assert isinstance(place.store, FailingStore)
+    return place.store
+
+
+def train(source: Path, output: Place | Path, until: int, **options: Any) -> tuple[Trained, dict[int, float]]:
+    trained = Trained(source)
+    with Checkpointer(source, output, **{"save_every": 2, **options}) as checkpointer:
+        checkpointer.load_model(trained.model)
+        checkpointer.resume(**trained.parts)
+        losses = trained.go(checkpointer, until, evaluate=2)
+    return trained, losses
+
+
+def steps(output: Place | Path) -> list[str]:
+    return [saved.place.name for saved in saved_steps.scan_steps(as_place(output))]
+
+
+def step_files(output: Place | Path, step: str) -> dict[str, bytes]:
+    """The files of a step but for its manifest, which says how long the run took."""
+    place = (as_place(output) / step).without_listing()
+    found = {file.relative_name(place): file.read(1 << 26) for file in place.entries()}
+    return {name: data for name, data in found.items() if name != MANIFEST}
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {key: tensor.clone() for key, tensor in model.state_dict().items()}
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@contextlib.contextmanager
+def held_uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Uploads wait until the event is set."""
+    gate = threading.Event()
+    true = upload.upload_step
+
+    def waits(local: Place, destination: Place) -> None:
+        gate.wait()
+        true(local, destination)
+
+    monkeypatch.setattr(uploaded_directory, "upload_step", waits)
+    try:
+        yield gate
+    finally:
+        gate.set()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep_last": 1, "best": "val_loss:min"},
+        {"asynchronous": True, "keep_last": 2},
+        {"contents": "weights", "export_dtype": "bfloat16"},
+        {"keep_local": 0, "final": {"contents": "weights"}},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_every_step_is_as_on_a_disk(options: dict[str, Any], source: Path, run: Place, tmp_path: Path) -> None:
+    _, there = train(source, run, 7, local_dir=tmp_path / "staged", **options)
+    options.pop("keep_local", None)
+    _, here = train(source, tmp_path / "mine", 7, **options)
+    assert there == here
+    assert steps(run) == steps(tmp_path / "mine")
+    for step in steps(run):
+        assert step_files(run, step) == step_files(tmp_path / "mine", step)
+    for name in ("latest", "best"):
+        found, expected = (pointer.pointer_target(place, name) for place in (run, as_place(tmp_path / "mine")))
+        assert (found and found.name) == (expected and expected.name)
+    others = {PurePosixPath(name).parts[2] for name in store_of(run).files} - {*steps(run)}
+    assert others == {"latest", "best"} if "best" in options else {"latest"}
+
+
+@pytest.mark.parametrize("keep_local", [0, 1, 2])
+def test_what_stays_on_the_disk(keep_local: int, source: Path, run: Place, tmp_path: Path) -> None:
+    train(source, run, 7, local_dir=tmp_path / "staged", keep_local=keep_local)
+    assert steps(run) == ["step_2", "step_4", "step_6", "step_7"]
+    assert steps(tmp_path / "staged") == steps(run)[4 - keep_local :]
+
+
+def test_a_temporary_directory_is_gone_at_the_end(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    train(source, run, 2)
+    assert steps(run) == ["step_2"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("machine", ["the same", "another"])
+def test_a_run_goes_on_bit_for_bit(asynchronous: bool, machine: str, source: Path, run: Place, tmp_path: Path) -> None:
+    whole, expected = train(source, tmp_path / "whole", 9)
+    options: dict[str, Any] = {"asynchronous": asynchronous, "keep_last": 1}
+    _, first = train(source, run, 5, local_dir=tmp_path / "one", **options)
+    local = tmp_path / ("one" if machine == "the same" else "two")
+    again, then = train(source, run, 9, local_dir=local, **options)
+    assert first | then == expected
+    assert equal(weights(again.model), weights(whole.model))
+    assert steps(run) == ["step_9"]
+
+
+def test_what_had_not_arrived_when_the_run_was_killed_is_uploaded_by_the_next(
+    source: Path, run: Place, tmp_path: Path
+) -> None:
+    train(source, run, 2, local_dir=tmp_path / "staged")
+    train(source, tmp_path / "alone", 4)
+    shutil.copytree(tmp_path / "alone" / "step_4", tmp_path / "staged" / "step_4")
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "staged") as checkpointer:
+        progress = checkpointer.resume(**trained.parts)
+        assert progress is not None
+        assert progress.step == 4
+        checkpointer.wait()
+        assert steps(run) == ["step_2", "step_4"]
+    found = pointer.pointer_target(run, "latest")
+    assert found is not None
+    assert found.name == "step_4"
+
+
+def test_a_step_on_the_disk_that_others_have_overtaken_is_left_there(
+    source: Path, run: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(source, tmp_path / "staged", 2)
+    train(source, run, 5, local_dir=tmp_path / "other")
+    shutil.move(tmp_path / "staged" / "step_2", tmp_path / "staged" / "step_3")
+    shutil.rmtree(tmp_path / "staged")
+    train(source, tmp_path / "staged", 1, save_every=1)
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "staged") as checkpointer:
+        progress = checkpointer.resume(**trained.parts)
+        assert progress is not None
+        assert progress.step == 5
+    assert "step_1" in steps(tmp_path / "staged")
+    assert "step_1: is not in memory://runs/mine, whose steps are newer; it is left there" in caplog.text
+
+
+# Waiting and skipping
+
+
+def test_a_save_waits_while_two_steps_are_on_their_way(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Trained(source)
+    with (
+        held_uploads(monkeypatch) as gate,
+        Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1) as checkpointer,
+    ):
+        checkpointer.register(**trained.parts)
+        checkpointer.step()
+        checkpointer.step()
+        assert steps(tmp_path / "staged") == ["step_1", "step_2"]
+        assert steps(run) == []
+        third = threading.Thread(target=checkpointer.step)
+        third.start()
+        for _ in range(3000):
+            if "step 3 waits until a step before it is uploaded" in caplog.text:
+                break
+            third.join(0.01)
+        assert "step_3" not in steps(tmp_path / "staged")
+        gate.set()
+        third.join()
+    assert steps(run) == ["step_1", "step_2", "step_3"]
+
+
+def test_or_is_left_out_where_that_was_asked_for(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Trained(source)
+    with (
+        held_uploads(monkeypatch) as gate,
+        Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1, when_behind="skip") as checkpointer,
+    ):
+        checkpointer.register(**trained.parts)
+        for _ in range(4):
+            checkpointer.step()
+        assert steps(tmp_path / "staged") == ["step_1", "step_2"]
+        gate.set()
+    assert "step 3 is not saved: 2 steps before it are still being uploaded" in caplog.text
+    assert steps(run) == ["step_1", "step_2", "step_4"]  # the last step of a run is never left out
+
+
+# Faults
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("lost", [False, True], ids=["refused", "unanswered"])
+def test_whatever_request_fails_once_nobody_notices(
+    lost: bool, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    number = 0
+    while True:
+        run, local = Place(FailingStore(), PurePosixPath("runs/mine")), tmp_path / "staged"
+        shutil.rmtree(local, ignore_errors=True)
+        trained = Trained(source)
+        options: dict[str, Any] = {"contents": "weights", "keep_last": 1, "save_every": 1, "local_dir": local}
+        with Checkpointer(source, run, **options) as checkpointer:
+            checkpointer.register(**trained.parts)
+            store_of(run).arm(number, 1, lost=lost)
+            checkpointer.step()
+            checkpointer.step()
+        reached, _ = store_of(run).failed, store_of(run).arm(None)
+        assert steps(run) == ["step_2"], number
+        left = {PurePosixPath(name).parts[2] for name in store_of(run).files}
+        assert left == {"latest", "step_2"}, number
+        if not reached:
+            break
+        number += 1
+    assert number > (10 if lost else 25)
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_lost_network_is_told_after_the_deadline_and_no_step_is_lost(
+    source: Path, run: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained, store = Trained(source), store_of(run)
+    options: dict[str, Any] = {"local_dir": tmp_path / "staged", "upload_deadline": 0.05, "save_last": False}
+    checkpointer = Checkpointer(source, run, **options)
+    checkpointer.register(**trained.parts)
+    store.arm(0, None)
+    checkpointer.step()
+    checkpointer.save()
+    with pytest.raises(CkptConvertError, match=r"uploading memory://runs/mine/step_1 has failed for .* connection was"):
+        checkpointer.wait()
+    assert steps(tmp_path / "staged") == ["step_1"]
+    store.arm(None)
+    checkpointer.wait()
+    assert "uploading memory://runs/mine/step_1: succeeded after" in caplog.text
+    checkpointer.close()
+    assert steps(run) == ["step_1"]
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_temporary_directory_with_what_did_not_arrive_stays(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    trained = Trained(source)
+    checkpointer = Checkpointer(source, run, upload_deadline=0.05, save_every=1)
+    checkpointer.register(**trained.parts)
+    store_of(run).arm(0, None)
+    with pytest.raises(CkptConvertError, match="has failed for"), checkpointer:
+        checkpointer.step()
+    (local,) = tmp_path.iterdir()
+    assert steps(local) == ["step_1"]
+    assert f"step_1 has not arrived in memory://runs/mine, and stays in {local}" in caplog.text
+    store_of(run).arm(None)
+    store_of(run).delete(["runs/mine/.ckpt-convert-lock"])
+    with Checkpointer(source, run, local_dir=local) as checkpointer:
+        checkpointer.resume(**Trained(source).parts)
+    assert steps(run) == ["step_1"]
+
+
+def test_a_run_whose_lock_was_taken_over_uploads_no_more(source: Path, run: Place, tmp_path: Path) -> None:
+    trained = Trained(source)
+    checkpointer = Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1, save_last=False)
+    checkpointer.register(**trained.parts)
+    directory = checkpointer._saver.directory
+    assert isinstance(directory, uploaded_directory.UploadedDirectory)
+    store_of(run).put("runs/mine/.ckpt-convert-lock", b'{"token": "of another"}')
+    lock: Any = directory.remote._lock
+    lock._renew()
+    checkpointer.step()
+    with pytest.raises(LockedError, match="was taken over by another process"):
+        checkpointer.wait()
+    assert steps(run) == []
+    assert steps(tmp_path / "staged") == ["step_1"]
+    checkpointer.close()
+
+
+def test_a_second_run_is_refused(source: Path, run: Place, tmp_path: Path) -> None:
+    one, other = Trained(source), Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "one") as checkpointer:
+        checkpointer.register(**one.parts)
+        with pytest.raises(LockedError, match="another checkpointer is writing here"):
+            Checkpointer(source, run, local_dir=tmp_path / "two").register(**other.parts)
+
+
+def test_metrics_that_come_after_a_step_has_arrived(source: Path, run: Place, tmp_path: Path) -> None:
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1, best="loss:min") as checkpointer:
+        checkpointer.register(**trained.parts)
+        checkpointer.step()
+        checkpointer.wait()
+        checkpointer.report(loss=2.0)
+        checkpointer.wait()
+        (saved,) = saved_steps.scan_steps(run)
+        assert saved.metrics == {"loss": 2.0}
+        found = pointer.pointer_target(run, "best")
+        assert found is not None
+        assert found.name == "step_1"
+
+
+def test_loading_from_the_store_alone(source: Path, run: Place, tmp_path: Path) -> None:
+    trained, _ = train(source, run, 6, local_dir=tmp_path / "one", best="val_loss:min")
+    for from_ in ("latest", "best", 4, run / "step_4"):
+        again = Trained(source)
+        with Checkpointer(source, run, local_dir=tmp_path / str(os.urandom(4).hex()), best="val_loss:min") as saver:
+            progress = saver.resume(**again.parts, from_=from_)
+            assert progress is not None
+            assert from_ in ("latest", "best") or progress.step == 4
+    with Checkpointer(run / "step_6") as reader:  # type: ignore[arg-type]
+        reader.load_model(again.model)
+    assert equal(weights(again.model), weights(trained.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"keep_local": -1}, "keep_local=-1"),
+        ({"upload_deadline": 0}, "upload_deadline=0"),
+        ({"when_behind": "stop"}, "when_behind='stop': expected one of wait, skip"),
+    ],
+)
+def test_options_that_mean_nothing(options: dict[str, Any], text: str, source: Path, run: Place) -> None:
+    with pytest.raises(UsageError, match=text):
+        Checkpointer(source, run, **options)
