@@ -52,10 +52,10 @@ def test_one_is_only_removed_once_its_successor_is_complete(tmp_path: Path, monk
     there: list[list[int]] = []
     true = retention.apply_retention
 
-    def apply(decision: retention.RetentionDecision) -> None:
+    def apply(decision: retention.RetentionDecision, **options: Any) -> None:
         if decision.delete:
             there.append([saved.step for saved in Checkpointer(LLAMA, tmp_path).saved])
-        true(decision)
+        true(decision, **options)
 
     monkeypatch.setattr(retention, "apply_retention", apply)
     run(tmp_path, [None] * 3, keep_last=1)
