@@ -32,8 +32,10 @@ _MAX_PRINTED = 10_000
 _MAX_JSON = 100_000
 """Values that are printed: of a large tensor the edges alone, but it may have many short axes."""
 
-_MAX_NEAR = 20_000
-"""Keys among which one that is like a mistyped one is looked for; with more it would take seconds."""
+_MAX_NEAR = 1000
+"""Keys among which one that is like a mistyped one is looked for, first those with its numbers; that takes a while."""
+
+_NUMBERS = re.compile(r"\d+")
 
 _SLICED = re.compile(r"(?P<key>.+)\[(?P<index>[^\[\]]*)\]", re.DOTALL)
 _NUMBER = r"\s*([+-]?\d{1,18})?\s*"
@@ -191,7 +193,9 @@ def _tensor(source: Identified, key: str, rekeyed: Mapping[str, TypedTensor] | N
 
 def _unknown_key(source: Identified, key: str, rekeyed: Mapping[str, TypedTensor] | None) -> KeyMismatchError:
     keys = [*source.tensors] if rekeyed is None else [*rekeyed]
-    near = did_you_mean(key, keys) if len(keys) <= _MAX_NEAR else ""
+    numbers = _NUMBERS.findall(key)
+    alike = [other for other in keys if _NUMBERS.findall(other) == numbers]
+    near = did_you_mean(key, (alike or keys)[:_MAX_NEAR])
     listed = near or (f"; its keys are such as {keys[0]!r}" if keys else "")
     return KeyMismatchError(f"{source.place}: has no tensor {short_repr(key)}{listed}")
 

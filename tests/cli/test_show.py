@@ -282,6 +282,12 @@ class TestRefusals:
         ("key", "code", "said"),
         [
             ("model.norm.weigth", 3, "has no tensor 'model.norm.weigth'; did you mean model.norm.weight"),
+            (
+                "model.layers.2.mlp.up_porj.weight",
+                3,
+                "; did you mean model.layers.2.mlp.up_proj.weight or model.layers.2.",
+            ),
+            ("model.layers.7.mlp.up_proj.weight", 3, "; did you mean model.layers.2.mlp.up_proj.weight"),
             ("zzz", 3, "has no tensor 'zzz'; its keys are such as 'model.embed_tokens.weight'"),
             (f"{NORM}[x]", 2, "[x]: expected integers, ranges such as 2:5, or ..."),
             (f"{NORM}[]", 2, "[]: expected integers"),
