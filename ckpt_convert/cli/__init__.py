@@ -83,6 +83,7 @@ Examples:
 
 \b
 Shell completion: eval "$(_CKPT_CONVERT_COMPLETE=bash_source ckpt-convert)"
+(zsh_source for zsh; for fish, fish_source, piped to source)
 Exit codes: 0 done, 1 failed, 2 usage, 3 bad input, 130 interrupted (143, 129: by SIGTERM, SIGHUP).""",
 )
 @click.version_option(__version__, prog_name=_NAME)

@@ -28,9 +28,9 @@ Examples:
   ckpt-convert merge-adapter Llama-3.2-1B epoch_0/adapter_0.pt out --alpha 16
   ckpt-convert merge-adapter Llama-3.2-1B my-lora out --dry-run""",
 )
-@click.argument("base")
-@click.argument("adapter")
-@click.argument("dst")
+@common.Argument("base")
+@common.Argument("adapter")
+@common.Argument("dst")
 @click.option("--to", type=click.Choice(list(formats.ALL)), help="Format of DST (default: that of BASE).")
 @click.option("--alpha", type=float, metavar="X", help="The adapter's alpha, where no adapter_config.json says it.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor, write nothing.")

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from ckpt_convert.cli import cli
 from ckpt_convert.models import FAMILIES
 from tests.command import run
 
@@ -55,6 +57,15 @@ class TestCompletion:
         monkeypatch.setenv("COMP_WORDS", " ".join(["ckpt-convert", *words, "Lla"]))
         monkeypatch.setenv("COMP_CWORD", str(len(words) + 1))
         assert run().stdout == "file,Lla\n"
+
+    def test_every_argument_and_family_of_every_command(self) -> None:
+        context = click.Context(cli)
+        for name in cli.list_commands(context):
+            command = cli.get_command(context, name)
+            assert command is not None
+            for parameter in command.params:
+                if isinstance(parameter, click.Argument) or parameter.name == "family":
+                    assert parameter._custom_shell_complete is not None, (name, parameter.name)
 
     def test_a_process_of_its_own_says_nothing_else(self) -> None:
         environment = {"_CKPT_CONVERT_COMPLETE": "bash_complete", "COMP_WORDS": "ckpt-convert insp", "COMP_CWORD": "1"}
