@@ -86,8 +86,9 @@ def _in_bytes(dims: Sequence[tuple[int, int]], bits: int) -> tuple[int, tuple[tu
 
 
 def message_size(boxes: Sequence[Box]) -> int:
-    """The bytes of a message; 0 where there is nothing to say."""
-    return 8 * (1 + sum(len(box.header) for box in boxes)) + sum(box.nbytes for box in boxes) if boxes else 0
+    """The bytes of a message, a multiple of 8, so that messages after each other are aligned; 0 for nothing to say."""
+    data = -(-sum(box.nbytes for box in boxes) // 8) * 8
+    return 8 * (1 + sum(len(box.header) for box in boxes)) + data if boxes else 0
 
 
 def fill_message(boxes: Sequence[Box], reader: BlockReader, message: Bytes) -> Iterator[tuple[Piece, int]]:
@@ -108,7 +109,7 @@ def fill_message(boxes: Sequence[Box], reader: BlockReader, message: Bytes) -> I
 
 def place_message(message: Bytes, target: Bytes) -> int:
     """Put what a message has where it belongs in the range; returns the number of bytes."""
-    numbers = message[: len(message) // 8 * 8].view(np.int64)
+    numbers = message.view(np.int64)
     headers, at = [], 1
     for _ in range(int(numbers[0])):
         offset, item, axes = map(int, numbers[at : at + 3])

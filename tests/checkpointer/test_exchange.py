@@ -20,9 +20,9 @@ from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from ckpt_convert import Checkpointer, UsageError
+from ckpt_convert import Checkpointer, CkptConvertError, UsageError
 from ckpt_convert.checkpoint.record import MANIFEST
-from ckpt_convert.checkpointer.distributed import exchange
+from ckpt_convert.checkpointer.distributed import exchange, ranks
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.convert import combine, partition, sharing
 from ckpt_convert.convert.sharing import PAGE
@@ -241,3 +241,39 @@ def test_an_exchange_does_not_meet_the_training(pool: Pool, tmp_path: Path) -> N
     assert pool.run(train_meanwhile, tmp_path, world=4) == [100.0] * 4
     with mock.patch.object(partition, "PIECE", SMALL):
         check(tmp_path, LLAMA)
+
+
+# Connections
+
+
+def break_off(here: Path) -> str:
+    """Lose a rank's connections between two rounds, and save again; what was raised."""
+    real, rounds = exchange.Exchange.swap, 0
+
+    def swap(self: exchange.Exchange, *given: Any) -> None:
+        nonlocal rounds
+        rounds += 1
+        if rounds == 2 and dist.get_rank() == 1:
+            self.close()
+        real(self, *given)
+
+    model = make_model()
+    with (
+        mock.patch.object(partition, "PIECE", SMALL),
+        mock.patch.object(exchange.Exchange, "swap", swap),
+        Checkpointer(LLAMA, here / "out", contents="weights", writers="exchange") as checkpointer,
+    ):
+        checkpointer.load_model(model)
+        checkpointer.register(model=model)
+        with pytest.raises(CkptConvertError) as raised, mock.patch.object(ranks, "DEADLINE", 2.0):
+            checkpointer.save()
+        assert not list((here / "out").glob("step_*"))
+        checkpointer.save()
+    return str(raised.value)
+
+
+def test_connections_that_are_lost_are_made_again_at_the_next_save(pool: Pool, tmp_path: Path) -> None:
+    said = set(pool.run(break_off, tmp_path, world=3))
+    assert len(said) == 1
+    assert "a connection was lost while the ranks exchanged slices" in said.pop()
+    assert sums(LLAMA).items() <= sums(tmp_path / "out" / "step_0").items()

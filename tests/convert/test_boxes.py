@@ -52,9 +52,8 @@ def assembled(file: OutputFile, source: str, writers: Sequence[Sequence[int]]) -
     placed = overflowed = 0
     for sources in writers:
         boxes = boxes_of([file], pieces, sources.__contains__)
-        padded = np.empty(message_size(boxes) + 3, np.uint8)
+        message = np.empty(message_size(boxes), np.uint8)
         if boxes:
-            message = padded[3:]  # messages that arrive are at any address
             overflowed += sum(lost for _, lost in fill_message(boxes, BlockReader(stored(source)), message))
             placed += place_message(message, target)
     assert placed == len(target)

@@ -44,6 +44,7 @@ class Exchange:
         self.ranks = ranks
         self._group: Any = None
         self._saves = 0
+        self._memory: dict[str, Bytes] = {}
 
     @contextlib.contextmanager
     def one_save(self) -> Iterator[None]:
@@ -54,6 +55,14 @@ class Exchange:
         except BaseException:
             self.close()
             raise
+        finally:
+            self._memory.clear()
+
+    def memory(self, name: str, nbytes: int) -> Bytes:
+        """Memory under a name, the same in all rounds of a save; what was in it may be overwritten."""
+        if len(self._memory.get(name, ())) < nbytes:
+            self._memory[name] = np.empty(nbytes, np.uint8)
+        return self._memory[name][:nbytes] if nbytes else np.empty(0, np.uint8)
 
     def close(self) -> None:
         """Close the connections, so that no rank waits for this one."""
@@ -66,11 +75,10 @@ class Exchange:
         """
         own, count = self.ranks.rank, self.ranks.count
         arriving = self._sizes([0 if rank == own else size for rank, size in enumerate(sizes)])
-        memory = np.empty(sum(arriving), np.uint8)
-        parts = np.split(memory, np.cumsum(arriving)[:-1])
+        parts = np.split(self.memory("arriving", sum(arriving)), np.cumsum(arriving)[:-1])
         waiting = [self._begin("recv", part, rank) for rank, part in enumerate(parts) if len(part)]
         try:
-            message = np.empty(max(sizes), np.uint8)
+            message = self.memory("sent", max(sizes))
             for rank in (*range(own + 1, count), *range(own)):  # not all of them to one rank at once
                 if sizes[rank]:
                     fill(rank, message[: sizes[rank]])
@@ -121,7 +129,7 @@ def _broken_off() -> Iterator[None]:
         yield
     except RuntimeError as error:
         said = str(error).split("] ", 1)[-1].partition(". ")[0]
-        raise BrokenExchangeError(f"the exchange of slices was broken off by another rank ({said})") from None
+        raise BrokenExchangeError(f"a connection was lost while the ranks exchanged slices ({said})") from None
 
 
 def write_exchanged(
@@ -181,7 +189,7 @@ class _Assembly:
         """Exchange, and write, the pieces of each owner."""
         boxes = [boxes_of(self._plan.files, own, self._owns) for own in pieces]
         mine = pieces[self._exchange.ranks.rank]
-        memory = np.empty(sum(piece.nbytes for piece in mine), np.uint8)
+        memory = self._exchange.memory("put together", sum(piece.nbytes for piece in mine))
         placed = 0
 
         def fill(rank: int, message: Bytes) -> None:

@@ -179,8 +179,11 @@ class _Shared(contextlib.ExitStack):
         """Put together what all ranks have written, and publish it."""
         with explained(self._destination):
             said = [unpacked(report) for report in reports]
-            if broken := [f"rank {rank}: {text}" for rank, (_, _, text) in enumerate(said) if text]:
-                raise CkptConvertError(broken[0])  # of whoever broke it, the error or the silence was heard before
+            if lost := [text for _, _, text in said if text]:
+                # Where a rank has ended or failed, that is what was raised.
+                raise CkptConvertError(
+                    f"{lost[0]}; {self._destination.name} was not saved, earlier steps are untouched"
+                )
             parts = [WrittenPart(*part) for written, _, _ in said for part in written]
             weights = self._finish_weights(self._step.weights, parts) if self._step.weights is not None else None
             state = None
