@@ -122,6 +122,7 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
             "ckpt-convert convert Llama-3.2-1B out --to meta",
             "ckpt-convert convert Llama-3-70B/original out --to meta --model-parallel 2",
             "ckpt-convert convert Llama-3.2-1B out --to hf --max-shard-size 1GB",
+            "ckpt-convert convert outputs/ out --to hf --like Llama-3.2-1B",
             "ckpt-convert convert last.ckpt out --container safetensors",
             "ckpt-convert convert step-1000/ out --container pt",
         ]

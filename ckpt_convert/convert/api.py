@@ -14,6 +14,7 @@ from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.opening import describe_part
+from ckpt_convert.checkpoint.training_runs import find_run_weights
 from ckpt_convert.checkpoint.verbatim import as_stored_tensors
 from ckpt_convert.convert import ownership, planning
 from ckpt_convert.convert.changes import TensorChange
@@ -33,7 +34,7 @@ from ckpt_convert.errors import (
     option_error,
 )
 from ckpt_convert.formats.base import ContainerName, FormatName
-from ckpt_convert.models.core.config import ConfigOptions, MetaStyle
+from ckpt_convert.models.core.config import MetaStyle
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.place import Location, Place, StorageOptions, output_place, with_options
 from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
@@ -208,17 +209,22 @@ def _plan(
     if origin.like is not None:  # as it was given: an address is refused by its name, and ~ is the home directory
         request = replace(request, like=locate.locate_checkpoint(origin.like, format=request.to))
     place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format)
-    source = _open(origin, place, origin.config, request.config)
-    if request.like is not None and (config := _config_of(request.like, source)) is not None:
+    options, config = request.config, origin.config
+    open_source = partial(open_identified, format=origin.format, family=origin.family, options=options)
+    if (chosen := find_run_weights(place)) is not None:  # what training leaves is not what loaders read
+        place, config = chosen.place, config or (chosen.config if origin.like is None else None)
+        request = request.for_loaders()
+    source = open_source(place, config=config)
+    if request.like is not None and (theirs := _config_of(request.like, source)) is not None:
         source.close()
-        source = _open(origin, place, config, request.config)
+        source = open_source(place, config=theirs)
     try:
         if request.verbatim:
             request.check_within(source.format)
             source = as_stored_tensors(source, request.selection)
         wanted = dequantize_if_asked(source, request.dequantize)
         imitated = open_identified(request.like, format=request.to) if request.like is not None else None
-        given = PlanInputs(wanted, request, imitated, change=change)
+        given = PlanInputs(wanted, request, imitated, None, change, chosen.notices if chosen is not None else ())
         return wanted, planning.make_plan(given, partial(equal, wanted) if equal is not None else None)
     except (ConfigError, KeyMismatchError, ShapeMismatchError) as error:
         part = describe_part(source.place)
@@ -227,10 +233,6 @@ def _plan(
         raise KeyMismatchError(
             f"{source.place}: is {part}, and no whole model; give the directory, {source.root}"
         ) from error
-
-
-def _open(origin: SourceOptions, place: Place, config: Location | None, settings: ConfigOptions) -> Identified:
-    return open_identified(place, format=origin.format, family=origin.family, config=config, options=settings)
 
 
 def _config_of(like: Place, source: Identified) -> Place | None:

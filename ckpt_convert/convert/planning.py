@@ -69,7 +69,7 @@ class PlanInputs:
 
     With ``in_memory``, tensors in memory are written in place of the source's: into the same files, each in the dtype
     that the source has. A source without weight files is only a config; the output then has a new layout. ``change``
-    replaces tensors of the source.
+    replaces tensors of the source. ``notices`` are about the choice of the source.
     """
 
     source: Identified
@@ -77,6 +77,7 @@ class PlanInputs:
     like: Identified | None = None
     in_memory: InMemorySource | None = None
     change: TensorChange | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def read_format(self) -> str:
@@ -166,6 +167,7 @@ def make_plan(inputs: PlanInputs, equal: EqualBytes | None = None) -> OpenPlan:
         passthrough=tuple(sorted({found.translation.logicals.tensors[instance].key for instance in found.passthrough})),
         ties=tuple(found.translation.ties),
         notices=(
+            *inputs.notices,
             *source.notices,
             *auxiliary_files.auxiliary_notices(source),
             *model.notices,

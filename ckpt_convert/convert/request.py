@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 from ckpt_convert import formats
@@ -98,6 +98,12 @@ class Request:
         for name, value in hints.items():
             if self.verbatim and value is not None:
                 raise UsageError(f"`{name}=` has no use where tensors are taken as they are stored; give `to=`", name)
+
+    def for_loaders(self) -> Request:
+        """The same in the format's default container, unless one is asked for or imitated."""
+        if self.container is not None or self.like is not None:
+            return self
+        return replace(self, container=formats.ALL[self.to].containers[0])
 
     def check_within(self, source_format: str | None) -> None:
         """Raise UsageError for a selection that would not stay within a format."""

@@ -96,7 +96,8 @@ def refusal_error(name: str, part: str, foreign: str, *more: str) -> UnsafeFileE
             f"{name}: holds what one rank has of tensors that are distributed over several (DTensor), so no such file "
             "is the whole, and what is saved of it is a part; nothing was executed. Save the model in a run of as many "
             "ranks, by torch.distributed.checkpoint or ckpt_convert.Checkpointer, or gathered first "
-            "(get_model_state_dict with full_state_dict=True)"
+            "(get_model_state_dict with full_state_dict=True); what verl saved, its own tool merges (python -m "
+            "verl.model_merger)"
         )
     return UnsafeFileError(
         f"{name}: {part} asks for {asked}, which rebuilding tensors never needs; nothing was executed. If you "
