@@ -124,6 +124,10 @@ class Ranks:
             self._calls.pop()
         return result
 
+    def call_around(self, what: str) -> str:
+        """The call of all ranks in which something is done, where it is in one: the same in all of its turns."""
+        return self._calls[0] if self._calls else what
+
     def first(self, what: str, act: Callable[[], bytes | None]) -> bytes:
         """Let the first rank do something, and all of them have its result, or raise its error."""
         return self.round(what, bytes, lambda _: [act() or b""])
@@ -382,8 +386,9 @@ class _Wait:
         if gone := vigil.silent:
             return self._failure(
                 gone,
-                f"has not been heard of for {heartbeat.SILENCE:g} s, while the others waited for it in {self._what}; "
-                "its process has ended or is stopped, or its machine cannot be reached",
+                f"has not been heard of for {heartbeat.SILENCE:g} s, while the others waited for it in "
+                f"{self._ranks.call_around(self._what)}; its process has ended or is stopped, or its machine cannot be "
+                "reached",
             )
         if absent := vigil.away(DEADLINE):
             return self._failure(
