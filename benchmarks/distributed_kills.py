@@ -1,6 +1,6 @@
 """Kills single ranks of runs at random points of their saves, and adds a table to docs/reliability.md.
 
-    python benchmarks/distributed_kills.py --count 200 --write
+    python benchmarks/distributed_kills.py --count 200 --jobs 4 --write
 
 A case: two to four processes train a tiny model over gloo, plain (DDP), sharded (FSDP2) or on a mesh (FSDP2 over tensor
 parallelism), and save every step, in the training or behind it. One of them is killed before the n-th of its calls that
@@ -19,9 +19,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -205,33 +208,55 @@ def table(rows: dict[str, Row], command: str, minutes: float) -> str:
     return "\n".join([*lines, f"Command: `{command}`, {minutes:.0f} minutes."])
 
 
+def outcomes(place: Path, first: int, jobs: int) -> Generator[tuple[Case, Outcome]]:
+    """The cases from a number on, so many at a time, without end."""
+    source, alone = trainable(place / "source"), place / "alone"
+    expected = train_full(alone, make_model(), source, STEPS)
+    idle: SimpleQueue[Pool] = SimpleQueue()
+    pools = [Pool() for _ in range(jobs)]
+    for pool in pools:
+        idle.put(pool)
+
+    def attempt(number: int) -> tuple[Case, Outcome]:
+        case, here, pool = case_of(number), place / f"case_{number}", idle.get()
+        here.mkdir()
+        try:
+            return case, try_case(pool, case, source, alone, expected, here)
+        finally:
+            shutil.rmtree(here)
+            idle.put(pool)
+
+    try:
+        with ThreadPoolExecutor(jobs) as threads:
+            for start in count(first, 2 * jobs):
+                yield from threads.map(attempt, range(start, start + 2 * jobs))
+    finally:
+        for pool in pools:
+            pool.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=200, help="how many kills")
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
+    parser.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
     parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
     options = parser.parse_args()
     rows: dict[str, Row] = {}
-    began, number = time.monotonic(), options.first
-    pool = Pool()
+    began = time.monotonic()
     with tempfile.TemporaryDirectory() as place:
-        source = trainable(Path(place) / "source")
-        alone = Path(place) / "alone"
-        expected = train_full(alone, make_model(), source, STEPS)
-        while sum(row.kills for row in rows.values()) < options.count:
-            case, here = case_of(number), Path(place) / f"case_{number}"
-            here.mkdir()
-            outcome = try_case(pool, case, source, alone, expected, here)
-            shutil.rmtree(here)
+        cases = outcomes(Path(place), options.first, options.jobs)
+        for number, (case, outcome) in enumerate(cases, options.first):
             row = rows.setdefault(case.kind, Row())
             row.kills += outcome.killed
             row.steps += outcome.steps if outcome.killed else 0
             row.slowest = max(row.slowest, outcome.seconds)
             row.wrong += bool(outcome.wrong)
             print(number, case, outcome, flush=True)
-            number += 1
-    pool.close()
-    command = f"python benchmarks/distributed_kills.py --count {options.count} --write"
+            if sum(row.kills for row in rows.values()) >= options.count:
+                cases.close()
+                break
+    command = f"python benchmarks/distributed_kills.py --count {options.count} --jobs {options.jobs} --write"
     text = table(rows, command, (time.monotonic() - began) / 60)
     print(text)
     if options.write:
