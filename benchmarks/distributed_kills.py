@@ -96,7 +96,7 @@ def case_of(number: int) -> Case:
     return Case(how, world, bool(number // 3 % 2), rank, call, chance.randrange(1, 5))
 
 
-CALLS = (330, 130)
+CALLS = (750, 190)
 """About as many calls as the first rank makes in a run, and another one."""
 
 
