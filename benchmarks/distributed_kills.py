@@ -157,7 +157,7 @@ def wrong_steps(out: Path, alone: Path) -> Iterator[str]:
         if files_of(out / name) != files_of(alone / name):
             yield f"{name} is another than that of a quiet run"
     latest = (out / "latest").resolve().name if (out / "latest").is_symlink() else ""
-    if latest not in (there[-2:] or [""]):  # it is moved after the step has its name
+    if latest not in ["", *there][-2:]:  # it is moved after the step has its name
         yield f"latest is {latest}, and the steps are {there}"
 
 
@@ -191,6 +191,7 @@ def try_case(pool: Pool, case: Case, source: Path, alone: Path, expected: dict[s
         same = found.keys() == expected.keys() and all(bits(found[key]) == bits(expected[key]) for key in expected)
         wrong += [] if same else ["the optimizer that goes on is another than that of a quiet run"]
     wrong += wrong_steps(here / "out", alone)
+    wrong += [] if (here / "out" / "latest").resolve().name == f"step_{STEPS}" else ["latest is not at the last step"]
     left = sorted(path.name for path in (here / "out").iterdir() if "partial" in path.name)
     wrong += [f"left over: {left}"] if left else []
     return Outcome(stamp.exists(), steps, seconds, "; ".join(dict.fromkeys(wrong)))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpointer.distributed.ranks import rank_of
-from ckpt_convert.checkpointer.distributed.speaking import named, speaking
+from ckpt_convert.checkpointer.distributed.speaking import speaking
 from ckpt_convert.checkpointer.live.loading import LoadReport
 from ckpt_convert.checkpointer.live.tensors import Model
 from ckpt_convert.checkpointer.run.counters import RunCounters
@@ -77,12 +77,11 @@ def load_model(
     if not options.has_source:
         raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
     planner = saver.planner
-    with named(rank_of(options.ranks)):
-        report = planner.load_source(
-            model, options.workers, options.progress, strict=strict, include=include, exclude=exclude
-        )
-        unfit = len(report.left_out) > len(report.excluded)
-        log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
+    report = planner.load_source(
+        model, options.workers, options.progress, strict=strict, include=include, exclude=exclude
+    )
+    unfit = len(report.left_out) > len(report.excluded)
+    log.log(logging.WARNING if unfit else logging.INFO, "%s: %s", planner.source.place, report)
     return report
 
 

@@ -59,18 +59,6 @@ def speaking(rank: int | None, kept: list[Line] | None = None) -> Iterator[None]
         _speaker.reset(before)
 
 
-@contextmanager
-def named(rank: int | None) -> Iterator[None]:
-    """Log as this rank of several, where the first one does not hear the others: their warnings name them."""
-    kept: list[Line] = []
-    try:
-        with speaking(rank, kept):
-            yield
-    finally:
-        if rank:
-            say_for({rank: kept})
-
-
 def say_for(heard: Mapping[int, Sequence[Line]], said: Sequence[Line] = ()) -> None:
     """Log what ranks have to say, each line once with their numbers, but for what was said already."""
     ranks: dict[Line, list[int]] = {}
