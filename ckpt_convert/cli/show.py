@@ -18,6 +18,7 @@ from ckpt_convert.cli.text import columns, echo, echo_json, escape, shape_text, 
 from ckpt_convert.dtypes import DEQUANTIZED_DTYPES, DTYPES, nbytes
 from ckpt_convert.errors import InputError, KeyMismatchError, UsageError
 from ckpt_convert.models.core.table import FORMATS
+from ckpt_convert.storage.place import StorageOptions, with_options
 from ckpt_convert.wording import did_you_mean, human_bytes, short_repr
 
 if TYPE_CHECKING:
@@ -112,6 +113,7 @@ are read. In most shells KEY[...] has to be quoted. Exit codes: 0 shown,
 @options.FAMILY
 @options.config()
 @options.revision()
+@options.STORE_OPTIONS
 def show(
     path: str,
     key: str,
@@ -123,6 +125,7 @@ def show(
     family: str | None,
     config: str | None,
     revision: str | None,
+    storage_options: StorageOptions | None,
 ) -> None:
     """Print the values of the tensor KEY, or of a slice of it such as KEY[0:2, -1].
 
@@ -133,6 +136,7 @@ def show(
     from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 
+    path, config = with_options(storage_options, path, config)
     if npy is not None:
         from ckpt_convert.cli.npy import check_npy
 

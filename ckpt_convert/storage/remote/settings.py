@@ -125,7 +125,7 @@ class Settings:
 
     speaks: str
     config: Mapping[str, str] = field(repr=False)
-    client: Mapping[str, Any]
+    client: Mapping[str, Any] = field(repr=False)
     retries: Retries
     profile: str | None = None
 
