@@ -140,7 +140,7 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
     from ckpt_convert.checkpointer.distributed.claims import Claims
     from ckpt_convert.checkpointer.distributed.ranks import packed
     from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
-    from ckpt_convert.convert.sharing import exchanged_tensors, owned_ranges, tensors_of_bits
+    from ckpt_convert.convert.sharing import exchanged_tensors, tensors_of_bits
 
     world = math.prod(sizes)
     rank = world // 2
@@ -163,7 +163,7 @@ def measure(path: Path, sizes: tuple[int, ...]) -> dict[str, Any]:
         short = step.own.short_runs(files)
         exchanged = tensors_of_bits(files, exchanged_tensors([short]))
         mine = step.own.runs(files, exchanged)
-        owned = owned_ranges(files, exchanged, world)[rank]
+        owned = step.own.ranges(files, exchanged, world)[rank]
         found[f"{name} seconds"] = time.process_time() - before - talk.decided - talk.simulated
         found[f"{name} sent"] = talk.sent + len(packed([hex(short.tensors), short.runs]))
         if name == "first":

@@ -50,16 +50,31 @@ class OwnParts:
     def __init__(self, owns: Owns) -> None:
         self.owns = owns
         self._short: ShortRuns | None = None
-        self._runs: list[Piece] = []
-        self._runs_of: tuple[Sequence[OutputFile], Tensors] = (), NONE
+        self._runs: list[Piece] | None = None
+        self._ranges: list[list[Piece]] | None = None
+        self._known: tuple[Sequence[OutputFile], Tensors] = (), NONE
 
     def runs(self, files: Sequence[OutputFile], exchanged: Tensors = NONE) -> list[Piece]:
         """The runs of bytes that it writes at their places: those of tensors that are not exchanged."""
-        known, without = self._runs_of
-        if len(known) != len(files) or any(map(_is_not, known, files)) or without != exchanged:
+        self._forget_others(files, exchanged)
+        if self._runs is None:
             pieces = [piece for piece in split_into_pieces(files) if piece[:2] not in exchanged]
-            self._runs, self._runs_of = runs(files, pieces, self.owns), (files, exchanged)
+            self._runs = runs(files, pieces, self.owns)
         return self._runs
+
+    def ranges(self, files: Sequence[OutputFile], exchanged: Tensors, count: int) -> list[list[Piece]]:
+        """What each of ``count`` owners writes of the tensors that are exchanged."""
+        self._forget_others(files, exchanged)
+        if self._ranges is None or len(self._ranges) != count:
+            self._ranges = owned_ranges(files, exchanged, count)
+        return self._ranges
+
+    def _forget_others(self, files: Sequence[OutputFile], exchanged: Tensors) -> None:
+        """Forget what is of other files: where some are as in the source, it is decided anew at each save."""
+        known, without = self._known
+        if len(known) != len(files) or any(map(_is_not, known, files)) or without != exchanged:
+            self._runs = self._ranges = None
+            self._known = files, exchanged
 
     def short_runs(self, files: Sequence[OutputFile]) -> ShortRuns:
         """What it would rather not write by itself."""

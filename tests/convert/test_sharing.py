@@ -130,3 +130,12 @@ def test_runs_are_worked_out_once_for_files_that_are_the_same() -> None:
     assert [run[:2] for run in own.runs(files, frozenset({(0, 1)}))].count((0, 1)) == 0
     assert own.runs(files, NONE) == found
     assert own.runs([columns(8, 4), files[1]]) == found
+
+
+def test_so_are_the_ranges_of_owners() -> None:
+    files, own, exchanged = [columns(1024, 4), columns(2, 8)], OwnParts((1).__eq__), frozenset({(0, 0), (0, 1)})
+    found = own.ranges(files, exchanged, 3)
+    assert found == owned_ranges(files, exchanged, 3)
+    assert own.ranges([*files], exchanged, 3) is found
+    assert own.ranges(files, exchanged, 2) == owned_ranges(files, exchanged, 2)
+    assert own.ranges(files, NONE, 2) == [[], []]

@@ -39,7 +39,6 @@ from ckpt_convert.convert.sharing import (
     ShortRuns,
     all_tensors,
     exchanged_tensors,
-    owned_ranges,
     tensors_of_bits,
 )
 from ckpt_convert.convert.sources import OpenPlan
@@ -165,7 +164,8 @@ class _Shared(contextlib.ExitStack):
         own, exchanged = self._own, tensors_of_bits(plan.files, bits)
         joined = JoinedOutput(plan, folder)
         try:
-            runs, ranges = own.runs(plan.files, exchanged), owned_ranges(plan.files, exchanged, self._ranks.count)
+            runs = own.runs(plan.files, exchanged)
+            ranges = own.ranges(plan.files, exchanged, self._ranks.count)
             total = sum(piece.nbytes for piece in (*runs, *ranges[self._ranks.rank]))
             counter = ProgressCounter(SAVING, total, self._progress)
             done = execute(plan, runs, planned.sources, joined, workers=self._workers, counter=counter)
