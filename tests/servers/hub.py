@@ -59,7 +59,7 @@ class FakeHub:
         self.readers: dict[str, set[str]] = {}
         self._page = page
         self._generation = 0
-        self._hub = HttpServer(self._serve, _classify)
+        self._hub = HttpServer(self._serve, classify)
         self._cdn = HttpServer(self._serve_cdn, lambda request: ("cdn", request.path.lstrip("/")))
         self._cdn.log = self._hub.log
 
@@ -182,7 +182,7 @@ class FakeHub:
         return hmac.new(str(self._generation).encode(), path.encode(), hashlib.sha256).hexdigest()
 
 
-def _classify(request: Request) -> tuple[str, str]:
+def classify(request: Request) -> tuple[str, str]:
     if match := _CACHED.fullmatch(request.path):
         return "cached", f"{match['repo']}/{match['name']}"
     if match := _RESOLVE.fullmatch(request.path):

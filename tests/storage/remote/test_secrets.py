@@ -17,7 +17,9 @@ from tests.command import run
 from tests.helpers import GOLDEN
 from tests.servers import faults
 from tests.servers.faults import FaultProxy, Rule
+from tests.servers.hub import FakeHub, classify
 from tests.servers.s3 import Bucket
+from tests.servers.web import WebServer
 
 HF = GOLDEN / "llama" / "hf"
 KEY, SECRET, TOKEN = "AKIAZZZZSECRETKEY", "hush/hush+hush", "FwoGZXIvYXdzEtoken=="
@@ -111,3 +113,65 @@ def test_errors_hold_none_in_what_they_came_from(
     while error is not None:
         refuse_secrets(str(error), repr(error))
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+HUB_TOKEN = "hf_SeCrEtToKeNoFtHeHuB"
+
+
+def looks(source: str) -> tuple[tuple[str, ...], ...]:
+    """Commands that read a source."""
+    return (
+        ("--debug", "inspect", source, "--json"),
+        ("--debug", "verify", source, "--json"),
+        ("--debug", "diff", source, source),
+        ("--debug", "hf-to-meta", source, "out", "--overwrite"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("none", 200), *((kind, status) for kind in ("api", "resolve") for status in (401, 403, 404))]
+)
+def test_the_token_of_the_hub_is_nowhere(
+    kind: str,
+    status: int,
+    hub: FakeHub,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    from huggingface_hub import constants
+
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_TOKEN", HUB_TOKEN)
+    hub.add("org/name", {path.name: path.read_bytes() for path in HF.iterdir()}, private=True)
+    hub.readers[HUB_TOKEN] = {"org/name"}
+    with FaultProxy(hub.url, classify) as proxy:
+        monkeypatch.setattr(constants, "ENDPOINT", proxy.url)
+        proxy.add(Rule(faults.status(status, HUB_TOKEN.encode()), kind=kind, times=None))
+        shown = [run(*words) for words in looks("hf://org/name")]
+    assert [done for done in shown if (done.returncode == 0) != (kind == "none")] == []
+    written = [path.read_bytes().decode("latin-1") for path in Path("out").rglob("*") if path.is_file()]
+    for text in (caplog.text, *written, *(f"{done.stdout} {done.stderr}" for done in shown)):
+        assert HUB_TOKEN not in text
+        refuse_secrets(text)
+
+
+@pytest.mark.parametrize("status", [None, 403, 404, 500])
+def test_the_query_of_a_signed_url_is_nowhere(
+    status: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.chdir(tmp_path)
+    query = f"X-Amz-Signature={SECRET.replace('+', '%2B')}"
+    files = {f"m/{path.name}": path.read_bytes() for path in HF.iterdir()}
+    with WebServer(files, query=query) as server, FaultProxy(server.url) as proxy:
+        if status is not None:
+            proxy.add(Rule(faults.status(status, LEAKY), name="safetensors$", times=None))
+        source = f"{proxy.url.replace('//', f'//user:{TOKEN}@')}/m?{query}"
+        shown = [run(*words, "--store-option", "retry_timeout=0.1") for words in looks(source)]
+    assert [done for done in shown if (done.returncode == 0) != (status is None)] == []
+    written = [path.read_bytes().decode("latin-1") for path in Path("out").rglob("*") if path.is_file()]
+    for text in (caplog.text, *written, *(f"{done.stdout} {done.stderr}" for done in shown)):
+        refuse_secrets(text)
+        assert "user:" not in text
