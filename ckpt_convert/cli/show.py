@@ -113,6 +113,7 @@ are read. In most shells KEY[...] has to be quoted. Exit codes: 0 shown,
 @options.FAMILY
 @options.config()
 @options.revision()
+@options.CACHE
 @options.STORE_OPTIONS
 def show(
     path: str,
@@ -125,6 +126,7 @@ def show(
     family: str | None,
     config: str | None,
     revision: str | None,
+    cache: bool,
     storage_options: StorageOptions | None,
 ) -> None:
     """Print the values of the tensor KEY, or of a slice of it such as KEY[0:2, -1].
@@ -136,15 +138,14 @@ def show(
     from ckpt_convert.checkpoint.checkpoint import open_identified
     from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 
-    path, config = with_options(storage_options, path, config)
     if npy is not None:
         from ckpt_convert.cli.npy import check_npy
 
         check_npy(npy, with_json=as_json)
-    with (
-        on_stderr(),
-        open_identified(path, format=from_format, family=family, config=config, revision=revision) as opened,
-    ):
+    with on_stderr():
+        place, given = with_options(storage_options, options.in_cache(path, revision, from_format, cache=cache), config)
+        opened = open_identified(place, format=from_format, family=family, config=given, revision=revision)
+    with on_stderr(), opened:
         source = dequantize_if_asked(opened, dequantize)
         shown = _find(source, key, as_format)
         if npy is not None:

@@ -22,11 +22,11 @@ from ckpt_convert.wording import with_unit
 
 _GAP = "  "
 _SECRETS = (
-    (re.compile(r"(https?://)[^/@]*@|(\w+://)[^/@:]*:[^/@]*@"), r"\1\2"),
-    (re.compile(r"(\w+://[^?]*\?).+", re.DOTALL), r"\1…"),
-    (re.compile(r"([\w-]*(?:key|token|secret|password|credential|sas)[\w-]*=).+", re.IGNORECASE | re.DOTALL), r"\1…"),
+    (re.compile(r"(\n--store-option[=\n][^\n=]*=)[^\n]*"), r"\1…"),
+    (re.compile(r"(https?://)[^/@\n]*@|(\w+://)[^/@:\n]*:[^/@\n]*@"), r"\1\2"),
+    (re.compile(r"(\w+://[^?\n]*\?)[^\n]+"), r"\1…"),
 )
-"""What may be secret in a word of a command: user and query of an address (signed), the value of such a setting."""
+"""What may be secret in a command, a line for each word: values of such options, an address' user and its query."""
 
 _LEAST = 28
 """The first column is not shortened below this, nor by more than a third; else it gets its own lines."""
@@ -190,10 +190,12 @@ def command_line() -> str:
     """The command that runs, as it was typed, but for what may be secret in it; "" where nothing was typed."""
     context = click.get_current_context(silent=True)
     printed = context.find_object(Printed) if context is not None else None
-    words = printed.words if printed is not None else ()
+    if printed is None or not printed.words:
+        return ""
+    text = "\n".join(["ckpt-convert", *(word.replace("\n", " ") for word in printed.words)])
     for pattern, kept in _SECRETS:
-        words = [pattern.sub(kept, word) for word in words]
-    return shlex.join(["ckpt-convert", *words]) if words else ""
+        text = pattern.sub(kept, text)
+    return shlex.join(text.split("\n"))
 
 
 @contextlib.contextmanager

@@ -785,13 +785,17 @@ class TestDetails:
             ("s3://key:secret@bucket/a", "s3://bucket/a"),
             ("abfss://container@account/a", "abfss://container@account/a"),
             ("--config=https://host/a?X-Sig=abc", "--config=https://host/a?…"),
-            ("secret_access_key=abc", "secret_access_key=…"),
+            ("--store-option=s3://bucket:secret_access_key=a=b", "--store-option=s3://bucket:secret_access_key=…"),
+            ("a\nb", "a b"),
             ("--filter=*.mlp.*", "--filter=*.mlp.*"),
         ],
     )
     def test_nothing_secret_is_on_it(self, word: str, shown: str) -> None:
         with click.Context(click.Command("x"), obj=Printed(words=["inspect", word])):
             assert command_line() == shlex.join(["ckpt-convert", "inspect", shown])
+        words = ["inspect", "a", "--store-option", "secret_access_key=abc\ndef@", "--json"]
+        with click.Context(click.Command("x"), obj=Printed(words=words)):
+            assert command_line() == "ckpt-convert inspect a --store-option 'secret_access_key=…' --json"
 
 
 def as_hex(colour: str) -> str:

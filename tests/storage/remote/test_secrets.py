@@ -47,6 +47,13 @@ def refuse_secrets(*texts: str) -> None:
             assert forbidden not in text
 
 
+def test_a_page_says_none(url: str, tmp_path: Path) -> None:
+    for name, words in (("i", ("inspect", f"{url}/m")), ("d", ("diff", f"{url}/m", f"{url}/m"))):
+        page = tmp_path / f"{name}.html"
+        done = run(*words, *options(), "--html", page, code=0)
+        refuse_secrets(done.stdout, done.stderr, page.read_text())
+
+
 LEAKY = (
     f"<Error><Code>SignatureDoesNotMatch</Code><Message>The signature does not match</Message>"
     f"<AWSAccessKeyId>{KEY}</AWSAccessKeyId><StringToSign>AWS4-HMAC-SHA256 x-amz-security-token:{TOKEN}</StringToSign>"
