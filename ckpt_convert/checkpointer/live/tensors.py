@@ -88,8 +88,8 @@ def parameter_names(model: Model) -> dict[int, str]:
     """
     if not isinstance(model, nn.Module):
         return {id(tensor): key for key, tensor, _ in _state_of(model)}
+    state = {key: tensor for key, tensor, _ in _state_of(model)}  # first: it has FSDP2 put its slices back
     names = {id(parameter): _plain(model, name)[0] for name, parameter in model.named_parameters()}
-    state = {key: tensor for key, tensor, _ in _state_of(model)}
     for key, tensor in state.items():
         called = names.get(id(tensor))
         if called is not None and state.get(called) is not tensor:
