@@ -39,10 +39,10 @@ def out() -> Place:
     return Place(FailingStore({"models/other/config.json": b"{}"}), PurePosixPath("models/out"))
 
 
-@pytest.fixture(params=["memory", "s3"])
+@pytest.fixture(params=["memory", "s3", "azure"])
 def anywhere(request: pytest.FixtureRequest) -> Place:
-    """A store of either kind, which holds something beside the output."""
-    store = FailingStore() if request.param == "memory" else request.getfixturevalue("s3_store")
+    """A store of each kind, which holds something beside the output."""
+    store = FailingStore() if request.param == "memory" else request.getfixturevalue(f"{request.param}_store")
     store.put("models/other/config.json", b"{}")
     return Place(store, PurePosixPath("models/out"))
 
