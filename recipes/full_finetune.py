@@ -25,7 +25,7 @@ from ckpt_convert import Checkpointer
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="a Hugging Face checkpoint; without it a tiny one is made")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/full"))
+    parser.add_argument("--output-dir", default="runs/full", help="a directory, or one in a bucket: s3://bucket/run")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--save-every", default="20 steps", help="also: '1 epoch', '30 min', '2_000_000 tokens'")
     parser.add_argument("--eval-every", type=int, default=10)
@@ -89,7 +89,7 @@ def main() -> None:
     print(f"weights   {common.checksum(model.state_dict())}")
     print(f"optimizer {common.checksum(optimizer.state_dict())}")
     for saved in checkpointer.saved:
-        print(f"{saved.path}  {saved.metrics}")
+        print(f"{saved.place}  {saved.metrics}")
     if not args.no_check:
         # The files hold the source's bfloat16, so the training model is rounded likewise before the comparison.
         rounded = copy.deepcopy(model).bfloat16().float()

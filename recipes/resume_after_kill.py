@@ -18,7 +18,9 @@ from pathlib import Path
 RECIPE = Path(__file__).with_name("full_finetune.py")
 
 
-def train(output_dir: Path, options: list[str], kill_after: int | None = None, delay: float = 0.0) -> dict[str, str]:
+def train(
+    output_dir: Path | str, options: list[str], kill_after: int | None = None, delay: float = 0.0
+) -> dict[str, str]:
     """Run the recipe and show its notices; kill it ``delay`` seconds after it said that step ``kill_after`` is done.
 
     Returns the checksums that it ended with; none if it was killed.

@@ -344,6 +344,18 @@ class TestGenerate:
         assert_same(load(place / "meta").state_dict(), load(place / "runs/full/step_10").state_dict())
 
 
+class TestTrainToS3:
+    @pytest.mark.slow
+    def test_goes_on_from_the_bucket_alone(self, place: Path) -> None:
+        options = ["--steps", "8", "--save-every", "2 steps", "--kill-after", "5", *SMALL]
+        printed = start(place, "train_to_s3.py", *options)
+        assert "killed after step 5\n" in printed
+        assert re.search(r"resumed from s3://training/run/step_\d+\b", printed)
+        assert re.search(r"^run/step_8/model-00001-of-00004\.safetensors +[\d,]+$", printed, re.MULTILINE)
+        for what in ("weights", "optimizer"):
+            assert re.search(rf"^{what} +([0-9a-f]{{19}}…)  \1  same$", printed, re.MULTILINE)
+
+
 class TestResumeAfterKill:
     def test_ends_with_the_same_bits(self, place: Path, full: str) -> None:
         printed = start(place, "resume_after_kill.py", "--steps", "12", "--kills", "1", "--seed", "5", *SMALL)
