@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from ckpt_convert.storage import pointer, removal, system
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import partial_path, replaced_path
-from ckpt_convert.storage.place import Place
+from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.staging import Staging, refuse_replacing
 from ckpt_convert.storage.system import Advice, file_system_type, is_mount_point, writing
@@ -161,3 +162,13 @@ def check_pointer(parent: Place, name: str) -> None:
 def point(parent: Place, name: str, target: str) -> None:
     """``Workspace.point``; raises OSError."""
     pointer.point(parent.local, name, target)
+
+
+def make_temporary_folder() -> Place:
+    """A new directory where the system has its temporary ones."""
+    return as_place(tempfile.mkdtemp(prefix="ckpt-convert-"))
+
+
+def remove_temporary_folder(folder: Place) -> None:
+    """Remove such a directory with all that is in it, as far as that is possible."""
+    shutil.rmtree(folder.local, ignore_errors=True)

@@ -137,6 +137,13 @@ class Background:
                 self._pool = None
 
 
+def start_thread(name: str, run: Callable[[], None]) -> threading.Thread:
+    """Start a thread that does not keep the interpreter from ending."""
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 class CallThread:
     """One thread that makes calls for others, who wait so long for each and no longer, and one of its own at times.
 

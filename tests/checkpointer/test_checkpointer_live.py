@@ -80,9 +80,9 @@ def test_values_are_those_at_the_call_whatever_training_does_meanwhile(
 
     true_output = output.write_output
 
-    def held_output(*args: Any) -> Any:
+    def held_output(*args: Any, **options: Any) -> Any:
         assert go_on.wait(60)
-        return true_output(*args)
+        return true_output(*args, **options)
 
     source = bfloat16_source(tmp_path / "source")
     trained = Trained(source)

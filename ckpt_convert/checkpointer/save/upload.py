@@ -20,6 +20,7 @@ from ckpt_convert.storage import workspace
 from ckpt_convert.storage.names import partial_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import Advice
+from ckpt_convert.tensors.pool import start_thread
 from ckpt_convert.wording import human_bytes
 
 log = logging.getLogger("ckpt_convert")
@@ -136,8 +137,7 @@ class Uploader:
         with self._changed:
             self._work.append((is_step, what, work))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="ckpt-convert-upload", daemon=True)
-                self._thread.start()
+                self._thread = start_thread("ckpt-convert-upload", self._run)
             self._changed.notify_all()
 
     @property

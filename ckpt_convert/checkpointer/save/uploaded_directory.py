@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +16,8 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory, only_warn
 from ckpt_convert.checkpointer.save.upload import WAITING, Uploader, UploadOptions, has_arrived, upload_step
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.place import Place, as_place
+from ckpt_convert.storage.by_rename import make_temporary_folder, remove_temporary_folder
+from ckpt_convert.storage.place import Place, checked_place
 
 log = logging.getLogger("ckpt_convert")
 
@@ -42,7 +41,7 @@ class UploadedDirectory(RunDirectory):
     ) -> None:
         self._is_temporary = options.local_dir is None
         local = _local_dir(options.local_dir, ranks)
-        super().__init__(as_place(local), template, run_name or output_dir.name, policy, ranks, writers)
+        super().__init__(local, template, run_name or output_dir.name, policy, ranks, writers)
         self.remote = RunDirectory(output_dir, template, self.run_name, policy, raises=True)
         self._options = options
         self._uploader = Uploader(options.deadline)
@@ -100,7 +99,7 @@ class UploadedDirectory(RunDirectory):
         if self._is_temporary and not self.is_followed:
             left = saved_steps.scan_steps(self.path)
             if self._uploader.is_done:
-                shutil.rmtree(self.path.local, ignore_errors=True)
+                remove_temporary_folder(self.path)
             elif left:
                 log.warning(
                     "%s has not arrived in %s, and stays in %s; local_dir=%r goes on with it",
@@ -199,10 +198,10 @@ class UploadedDirectory(RunDirectory):
                 log.info("%s removed: it is in %s", saved.place, self.remote.path)
 
 
-def _local_dir(given: str | Path | None, ranks: Ranks | None) -> Path:
+def _local_dir(given: str | Path | None, ranks: Ranks | None) -> Place:
     """The directory on the disk, made here where none is given; the same on all ranks."""
     if given is not None:
-        return Path(given).expanduser()
+        return checked_place(given, "local_dir")
     if ranks is None:
-        return Path(tempfile.mkdtemp(prefix="ckpt-convert-"))
-    return Path(ranks.first("making a directory", lambda: tempfile.mkdtemp(prefix="ckpt-convert-").encode()).decode())
+        return make_temporary_folder()
+    return checked_place(ranks.first("making a directory", lambda: str(make_temporary_folder()).encode()).decode())
