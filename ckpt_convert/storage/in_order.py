@@ -280,7 +280,7 @@ def remove(folder: Place, names: Iterable[str]) -> None:
 
 def check_pointer(parent: Place, name: str) -> None:
     """``Workspace.check_pointer``."""
-    place = (parent / name).without_listing().listed()
+    place = (parent / name).without_listing().listed(neighbors=False)
     if place.is_present() and pointer.read_pointer(place) is None:
         raise pointer.in_the_way(place)
 

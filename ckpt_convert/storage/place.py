@@ -232,16 +232,16 @@ class Place:
 
     # Listed once
 
-    def listed(self) -> Place:
+    def listed(self, *, neighbors: bool = True) -> Place:
         """The same place with a listing of everything below it, made in one request; unchanged for cheap stores.
 
-        That of a file is of the folder that it is in.
+        That of a file is of the folder that it is in, unless its ``neighbors`` are not looked for.
         """
         if not self.store.prefers_listing or self.listing is not None:
             return self
         name = str(self.path)
         found = self.store.list(name)
-        if name in found:  # a file, whose neighbors are looked for, too
+        if name in found and neighbors:
             return replace(self, listing=_folder_listing(self.parent))
         return replace(self, listing=Listing(name, found))
 

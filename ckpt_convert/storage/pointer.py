@@ -84,7 +84,7 @@ def read_pointer(place: Place) -> str | None:
     Raises UnreadableError.
     """
     try:
-        place = place.listed()
+        place = place.listed(neighbors=False)
         said = place.link()
         if said is None and place.is_regular_file() and place.identity().size <= _LONGEST_POINTER:
             said = place.read(_LONGEST_POINTER).decode().removesuffix("\n")

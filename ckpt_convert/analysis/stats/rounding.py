@@ -41,6 +41,8 @@ class RoundingSearch:
 
     def add(self, a: memoryview, b: memoryview) -> None:
         """Drop the casts that do not explain these elements, the same of both tensors."""
+        if not self._left:  # of dtypes that no cast leads to, such as packed ones, the sizes may not be known
+            return
         one, other = np.frombuffer(a, np.uint8), np.frombuffer(b, np.uint8)
         sizes = [DTYPES[dtype].bits // 8 for dtype in self._dtypes]
         for count in (_FEW, len(one)):
