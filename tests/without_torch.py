@@ -49,7 +49,7 @@ COMMANDS: list[tuple[str, ...]] = [
     ("convert", OLD + "/consolidated.00.pth", "one-layer", "--include", "layers.0", "-q"),
     ("convert", OLD, "from-before-1.6", "--to", "hf", "-q"),
     ("convert", FP8, "dequantized", "--to", "meta", "--dequantize", "bfloat16", "-q"),
-    ("merge-adapter", LLAMA, ADAPTER, "merged", "--to", "meta", "--verify"),
+    ("merge-adapter", LLAMA, ADAPTER, "merged", "--to", "meta", "--verify", "-q"),
     ("inspect", LLAMA, "--stats"),
     ("inspect", "hf-to-meta", "--json"),
     ("inspect", OLD, "--stats"),
