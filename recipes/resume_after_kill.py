@@ -18,12 +18,16 @@ from pathlib import Path
 RECIPE = Path(__file__).with_name("full_finetune.py")
 
 
-def train(
-    output_dir: Path | str, options: list[str], kill_after: int | None = None, delay: float = 0.0
-) -> dict[str, str]:
-    """Run the recipe and show its notices; kill it ``delay`` seconds after it said that step ``kill_after`` is done.
+STEP = r" *{} +\d+\.\d+ "
+"""The line that the recipe prints after a step."""
 
-    Returns the checksums that it ended with; none if it was killed.
+
+def train(
+    output_dir: Path | str, options: list[str], kill_at: tuple[str, str] | None = None, delay: float = 0.0
+) -> dict[str, str]:
+    """Run the recipe and show its notices; kill it ``delay`` seconds after a line that begins like ``kill_at``.
+
+    That is a pattern, and what happened then. Returns the checksums that it ended with; none if it was killed.
     """
     options = [*options, "--output-dir", str(output_dir), "--log-every", "1", "--no-check"]
     checksums: dict[str, str] = {}
@@ -32,14 +36,13 @@ def train(
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in child.stdout or ():
         lines.append(line)
-        if done := re.match(r" *(\d+) +\d+\.\d+ ", line):
-            if int(done[1]) == kill_after:
-                time.sleep(delay)
-                child.kill()  # SIGKILL: nothing in the child gets a chance to tidy up
-                child.wait()
-                print(f"    killed after step {kill_after}")
-                return {}
-        elif found := re.match(r"(weights|optimizer) +([0-9a-f]{64})$", line):
+        if kill_at is not None and re.match(kill_at[0], line):
+            time.sleep(delay)
+            child.kill()  # SIGKILL: nothing in the child gets a chance to tidy up
+            child.wait()
+            print(f"    killed after {kill_at[1]}")
+            return {}
+        if found := re.match(r"(weights|optimizer) +([0-9a-f]{64})$", line):
             checksums[found[1]] = found[2]
         elif re.search(r"resumed|fresh start|half-written|skipped", line):
             print(f"    {line.rstrip()}")
@@ -68,7 +71,7 @@ def main() -> None:
     kills = sorted(moments.sample(range(1, args.steps), args.kills))
     print(f"killed after steps {', '.join(map(str, kills))}")
     for step in kills:
-        train(args.output_dir / "killed", options, step, moments.uniform(0, 0.1))
+        train(args.output_dir / "killed", options, (STEP.format(step), f"step {step}"), moments.uniform(0, 0.1))
     found = train(args.output_dir / "killed", options)
 
     print(f"\n{'sha256 of the':14} {'without interruption':20}  killed and resumed")

@@ -28,7 +28,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--save-every", default="3 steps")
-    parser.add_argument("--kill-after", type=int, default=8)
     args, options = parser.parse_known_args()
     options += ["--steps", str(args.steps), "--save-every", args.save_every]
 
@@ -51,11 +50,12 @@ def main() -> None:
     expected = train(local, options)
 
     run = f"s3://{BUCKET}/run"
-    for machine, kill_after in (("one machine", args.kill_after), ("another one", None)):
+    arrived = rf"uploaded {run}/", "a step has arrived"
+    for machine, kill_at in (("one machine", arrived), ("another one", None)):
         print(f"{machine}: {run}")
         with tempfile.TemporaryDirectory() as disk:  # where steps are put together before they are uploaded
             os.environ["TMPDIR"] = disk
-            found = train(run, options, kill_after)
+            found = train(run, options, kill_at)
 
     print(f"\n{'in the bucket':60} {'bytes':>11}")
     for one in bucket.objects.all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -41,8 +42,14 @@ def options(place: Path, output: str, **checkpointer: Any) -> dict[str, Any]:
     }
 
 
+def run_in(environment: dict[str, str], chosen: dict[str, Any]) -> None:
+    """``run`` with the environment of this test: the server that forks may be that of an earlier one."""
+    os.environ.update(environment)
+    run(chosen)
+
+
 def started(chosen: dict[str, Any]) -> Any:
-    child = processes.Process(target=run, args=(chosen,))
+    child = processes.Process(target=run_in, args=(dict(os.environ), chosen))
     child.start()
     return child
 
