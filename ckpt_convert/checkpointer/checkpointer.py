@@ -19,7 +19,6 @@ from ckpt_convert.checkpointer.distributed.ranks import on_all_ranks
 from ckpt_convert.checkpointer.live import loading
 from ckpt_convert.checkpointer.live.selection import Selection
 from ckpt_convert.checkpointer.live.tensors import Model
-from ckpt_convert.checkpointer.run import retention
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.run.source import Config, Source
@@ -36,7 +35,8 @@ from ckpt_convert.checkpointer.save.options import (
     WeightOptions,
 )
 from ckpt_convert.checkpointer.save.planner import Contents
-from ckpt_convert.checkpointer.save.upload import UploadOptions, WhenBehind
+from ckpt_convert.checkpointer.save.saver import Saver
+from ckpt_convert.checkpointer.save.upload import Mode, UploadOptions, WhenBehind
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.checkpointer.state.sharding import DataPolicy
 from ckpt_convert.dtypes import OutputDType
@@ -93,7 +93,7 @@ class Checkpointer:
         process_group: Any = None,
         writers: Writers = "auto",
         storage_options: StorageOptions | None = None,
-        upload: Literal["behind", "direct"] = "behind",
+        upload: Mode = "behind",
         local_dir: str | Path | None = None,
         keep_local: int = 1,
         upload_deadline: float = 3600,
@@ -169,7 +169,7 @@ class Checkpointer:
             process_group,
             writers,
             Hooks(before_save, emit),
-            UploadOptions(local_dir, keep_local, upload_deadline, when_behind) if upload == "behind" else None,
+            UploadOptions(upload, local_dir, keep_local, upload_deadline, when_behind),
         )
         self._options = Options.of(arguments)
         self._ranks, self.workers = self._options.ranks, self._options.workers
@@ -350,8 +350,7 @@ class Checkpointer:
     def epochs(self, count: int | None = None) -> Iterator[int]:
         """The indices of the remaining epochs of ``count``, from 0; without ``count`` they never end.
 
-        A resumed run continues in the epoch that it was in. An epoch is counted at the end of the loop's body; not if
-        the loop is left by ``break`` or ``return``, nor if ``should_stop`` is true.
+        A resumed run continues in its epoch. The end of the loop's body counts one, but not if ``should_stop`` is true.
         """
         yield from self._loop.epochs(self._require("epochs()"), count)
 
@@ -363,18 +362,6 @@ class Checkpointer:
         self._saver.check()
         if self._saver.saved_step != self.progress.step:
             self._saver.save()
-
-    def hold_saves(self) -> None:
-        """From now on, a save that is due waits for ``save_held``, except one for a signal.
-
-        For trainers that evaluate after a step is counted and draw random numbers for it: what would be saved before
-        is not what the run continues from.
-        """
-        self._saver.holds_saves = True
-
-    def save_held(self) -> None:
-        """Save the step now if a save was due since the last one."""
-        self._saver.save_held()
 
     def create_seed_checkpoint(self, model: Model) -> Path:
         """Save a model's initial weights as step 0, without training; returns the directory."""
@@ -399,19 +386,10 @@ class Checkpointer:
         """The newest complete and undamaged checkpoint, None if there is none."""
         return choosing.newest_sound_step(self._saver.directory.places, verify=True, workers=self.workers)
 
-    def add_files(self, make: Callable[[], Mapping[str, bytes]]) -> None:
-        """Write more small files into every step: ``make`` returns their content, by name, at each save."""
-        self._saver.more_files = make
-
     @property
     def best(self) -> SavedStep | None:
         """The best complete checkpoint by the first metric of ``best=``, None if none has it."""
         return self._saver.directory.best
-
-    @property
-    def best_metrics(self) -> tuple[retention.BestMetric, ...]:
-        """The metrics of ``best=``, each with "min" or "max"."""
-        return self._options.policy.best
 
     def close(self) -> None:
         """Save the last step if it is not saved yet, wait until it is complete, and release everything.
@@ -465,3 +443,8 @@ class Checkpointer:
     def _refuse_closed(self) -> None:
         if self._closed:
             raise UsageError("the checkpointer is closed; make another one")
+
+
+def saver_of(checkpointer: Checkpointer) -> Saver:
+    """What saves the steps of a checkpointer, for the library's own modules."""
+    return checkpointer._saver

@@ -118,7 +118,7 @@ def continue_from(
 def _take_layout_of(saved: SavedStep, saver: Saver, options: Options) -> None:
     """Let a run without a source keep the file layout of the step that it resumes from, if that is its own."""
     source, directory = saver.planner.source, saver.directory
-    if not options.has_source and saved.place.parent == directory.path and saved.place != source.place:
+    if not options.has_source and saved.place.parent in directory.places and saved.place != source.place:
         source.close()
         template = starting.open_template([saved], options, directory)
         saver.planner = SavePlanner(template, options.settings, None, options.ranks)

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy, has_length
 
-from ckpt_convert.checkpointer.checkpointer import Checkpointer
+from ckpt_convert.checkpointer.checkpointer import Checkpointer, saver_of
 from ckpt_convert.checkpointer.run.retention import BestMetric
 from ckpt_convert.checkpointer.state import rng
 from ckpt_convert.errors import CheckpointNotFoundError, InputError, UsageError
@@ -39,6 +39,7 @@ class CheckpointerCallback(TrainerCallback):
 
     def __init__(self, checkpointer: Checkpointer) -> None:
         self.checkpointer = checkpointer
+        self._saver = saver_of(checkpointer)
         self._newest: Place | None = None
         self._random: Any = None
         self._within_epoch = False
@@ -61,8 +62,10 @@ class CheckpointerCallback(TrainerCallback):
         if args.include_num_input_tokens_seen in ("no", False) and _reads_tokens(parts["model"]):
             args.include_num_input_tokens_seen = "all"
         self._tokens = int(state.num_input_tokens_seen)
-        self.checkpointer.add_files(lambda: {_STATE: _rendered(state)})
-        self.checkpointer.hold_saves()
+        self._saver.more_files = lambda: {_STATE: _rendered(state)}
+        # Trainer evaluates after a step is counted, and draws random numbers for it: what would be saved before that is
+        # not what the run goes on from.
+        self._saver.holds_saves = True
         again, self._training = self._training, True
         if self._sequence_before is None:
             self._sequence_before = self._last_sequence()
@@ -117,7 +120,7 @@ class CheckpointerCallback(TrainerCallback):
         if not args.load_best_model_at_end:
             return
         wanted = _best_metric(args)
-        if wanted not in self.checkpointer.best_metrics:
+        if wanted not in self._saver.directory.policy.best:
             raise UsageError(
                 f"load_best_model_at_end=True: the best by {':'.join(wanted)} (metric_for_best_model, "
                 f'greater_is_better) is to be loaded; give the Checkpointer best="{":".join(wanted)}", and '
@@ -128,12 +131,12 @@ class CheckpointerCallback(TrainerCallback):
             log.info("load_best_model_at_end: Trainer saves nothing itself, the checkpointer does")
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checkpointer.save_held()
+        self._saver.save_held()
         if not self._within_epoch:
             self._put_back()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.checkpointer.save_held()
+        self._saver.save_held()
         self._put_back()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -147,7 +150,7 @@ class CheckpointerCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if not self._training or state.global_step == 0:
             return
-        best = {name for name, _ in self.checkpointer.best_metrics}
+        best = self._saver.directory.policy.metrics
         numbers = {
             name: value
             for name, value in (metrics or {}).items()

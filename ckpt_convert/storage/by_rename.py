@@ -6,6 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -164,11 +165,16 @@ def point(parent: Place, name: str, target: str) -> None:
     pointer.point(parent.local, name, target)
 
 
-def make_temporary_folder() -> Place:
-    """A new directory where the system has its temporary ones."""
-    return as_place(tempfile.mkdtemp(prefix="ckpt-convert-"))
+def temporary_place() -> Place:
+    """A new name where the system has its temporary directories; nothing is made."""
+    return as_place(tempfile.gettempdir()) / f"ckpt-convert-{uuid.uuid4().hex}"
 
 
-def remove_temporary_folder(folder: Place) -> None:
-    """Remove such a directory with all that is in it, as far as that is possible."""
+def make_private_folder(folder: Place) -> None:
+    """Create a directory that nobody else can look into; raises OSError."""
+    folder.local.mkdir(mode=0o700, exist_ok=True)
+
+
+def remove_tree(folder: Place) -> None:
+    """Remove a directory with all that is in it, as far as that is possible."""
     shutil.rmtree(folder.local, ignore_errors=True)

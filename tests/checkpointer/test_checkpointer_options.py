@@ -15,6 +15,7 @@ import torch
 
 from ckpt_convert import Checkpointer, TransferProgress
 from ckpt_convert.analysis.check import check_checkpoint
+from ckpt_convert.checkpointer.checkpointer import saver_of
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, OutputExistsError, UsageError
 from recipes.native_llama import NativeLlama
@@ -371,7 +372,7 @@ def test_a_saved_step_is_a_source_whose_own_runs_files_do_not_come_along(tmp_pat
     with Checkpointer(LLAMA, tmp_path / "one", **options) as checkpointer:
         checkpointer.load_model(model)
         checkpointer.register(model=model)
-        checkpointer.add_files(lambda: {"trainer_state.json": b"{}"})
+        saver_of(checkpointer).more_files = lambda: {"trainer_state.json": b"{}"}
         checkpointer.step()
     (tmp_path / "recipe.yaml").write_text("lr: 2")
     step = saved(tmp_path / "two", model, tmp_path / "one" / "step_1", **options)

@@ -16,6 +16,7 @@ import torch
 
 from ckpt_convert import Checkpointer, CkptConvertError
 from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.save import upload, uploaded_directory
 from ckpt_convert.errors import LockedError, UsageError
 from ckpt_convert.storage import pointer
@@ -81,9 +82,9 @@ def held_uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate = threading.Event()
     true = upload.upload_step
 
-    def waits(local: Place, destination: Place) -> None:
+    def waits(saved: SavedStep, destination: Place) -> None:
         gate.wait()
-        true(local, destination)
+        true(saved, destination)
 
     monkeypatch.setattr(uploaded_directory, "upload_step", waits)
     try:
@@ -357,8 +358,106 @@ def test_loading_from_the_store_alone(source: Path, run: Place, tmp_path: Path) 
         ({"keep_local": -1}, "keep_local=-1"),
         ({"upload_deadline": 0}, "upload_deadline=0"),
         ({"when_behind": "stop"}, "when_behind='stop': expected one of wait, skip"),
+        ({"upload": "later"}, "upload='later': expected one of behind, direct"),
+        ({"upload": "direct", "keep_local": 2}, 'upload="direct": writes into the store'),
+        ({"output_dir": "somewhere", "keep_local": 0}, "keep_local, .*: do nothing without an output_dir in an object"),
+        ({"output_dir": None, "local_dir": "/tmp"}, "local_dir, .*: do nothing without an output_dir in an object"),
     ],
 )
 def test_options_that_mean_nothing(options: dict[str, Any], text: str, source: Path, run: Place) -> None:
     with pytest.raises(UsageError, match=text):
-        Checkpointer(source, run, **options)
+        Checkpointer(source, **{"output_dir": run, **options})
+
+
+def test_making_a_checkpointer_makes_no_directory(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with Checkpointer(source, run) as checkpointer:
+        assert checkpointer.saved == []
+        assert list(tmp_path.iterdir()) == []
+        checkpointer.register(**(trained := Trained(source)).parts)
+        (local,) = tmp_path.iterdir()
+        assert local.stat().st_mode & 0o777 == 0o700
+        del trained
+
+
+# What a run meets again
+
+
+def test_a_run_that_was_ended_starts_another_one_which_is_uploaded_too(
+    source: Path, run: Place, tmp_path: Path
+) -> None:
+    trained = Trained(source)
+    checkpointer = Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1)
+    checkpointer.register(**trained.parts)
+    checkpointer.step()
+    checkpointer.end_run()
+    checkpointer.register(**trained.parts, progress=checkpointer.progress)
+    checkpointer.step()
+    checkpointer.close()
+    assert steps(run) == ["step_1", "step_2"]
+
+
+def test_a_step_that_is_saved_again_while_it_is_uploaded_arrives_whole(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of each save in one step would have the sizes of either."""
+    trained, local = Trained(source), tmp_path / "staged"
+    true, seen = upload._copy, threading.Event()
+
+    def replaces(*given: Any) -> None:
+        if not seen.is_set():
+            seen.set()
+            shutil.rmtree(local / "step_1")
+            shutil.copytree(tmp_path / "again" / "step_1", local / "step_1")
+        true(*given)
+
+    with Checkpointer(source, tmp_path / "again", save_every=1) as other:
+        other.register(**(model := Trained(source)).parts)
+        other.save()
+        with torch.no_grad():
+            model.model.norm.scale.fill_(7)
+        other.step()
+    assert steps(tmp_path / "again") == ["step_0", "step_1"]  # the sequence numbers of the two step_1 differ
+    monkeypatch.setattr(upload, "_copy", replaces)
+    checkpointer = Checkpointer(source, run, local_dir=local, save_every=1, save_last=False)
+    checkpointer.register(**trained.parts)
+    checkpointer.step()
+    checkpointer.wait()
+    assert seen.is_set()
+    assert steps(run) == []  # what was on its way is none any more
+    checkpointer.close()
+    with Checkpointer(source, run, local_dir=local) as checkpointer:
+        assert checkpointer.resume(**Trained(source).parts, strict=False) is not None
+    assert step_files(run, "step_1") == step_files(tmp_path / "again", "step_1")
+
+
+def test_a_run_without_a_source_keeps_the_step_that_stands_for_it(source: Path, run: Place, tmp_path: Path) -> None:
+    train(source, run, 2, local_dir=tmp_path / "one")
+    trained = Trained(source)
+    with Checkpointer(None, run, local_dir=tmp_path / "two", save_every=2, keep_last=1, keep_local=0) as checkpointer:
+        checkpointer.resume(**trained.parts)
+        trained.go(checkpointer, 6)
+    assert steps(run) == ["step_2", "step_6"]
+
+
+def test_a_fresh_start_also_replaces_what_had_not_arrived(source: Path, run: Place, tmp_path: Path) -> None:
+    train(source, run, 2, local_dir=tmp_path / "staged")
+    train(source, tmp_path / "alone", 4)
+    shutil.copytree(tmp_path / "alone" / "step_4", tmp_path / "staged" / "step_4")
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1, overwrite=True) as checkpointer:
+        checkpointer.register(**trained.parts)
+        trained.go(checkpointer, 1)
+    assert steps(run) == steps(tmp_path / "staged") == ["step_1"]
+
+
+def test_what_is_in_the_way_of_later_steps_in_the_store_is_told_at_the_start(
+    source: Path, run: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store_of(run).put("runs/mine/step_4/notes.txt", b"mine")
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / "staged") as checkpointer:
+        checkpointer.register(**trained.parts)
+    assert "memory://runs/mine/step_4: is there already and is no checkpoint" in caplog.text

@@ -165,8 +165,8 @@ class Arguments:
     progress: ProgressCallback | None
     process_group: Any
     writers: Writers
-    hooks: Hooks = Hooks()
-    upload: UploadOptions | None = None
+    hooks: Hooks
+    upload: UploadOptions
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class Options:
     ranks: Ranks | None
     writers: Writers
     hooks: Hooks
-    upload: UploadOptions | None
+    upload: UploadOptions
 
     @classmethod
     def of(cls, given: Arguments) -> Options:
@@ -216,6 +216,11 @@ class Options:
             policy.metrics,
         )
         place = None if given.directory.output_dir is None else output_place(given.directory.output_dir, "output_dir")
+        if given.upload not in (UploadOptions(), UploadOptions("direct")) and (place is None or place.is_local):
+            raise UsageError(
+                "local_dir, keep_local, upload_deadline, when_behind: do nothing without an output_dir in an "
+                'object store, such as "s3://bucket/run"; leave them out'
+            )
         settings = Settings(
             contents=given.weights.contents,
             export_dtype=dtype_of(given.weights.export_dtype),
@@ -252,7 +257,7 @@ class Options:
     def as_text(self) -> dict[str, str]:
         """What all ranks have to be given alike, by name, to be compared."""
         names = ("settings", "last", "policy", "template", "run_name", "save_last", "save_best", "signals", "overwrite")
-        told = {name: repr(getattr(self, name)) for name in (*names, "asynchronous", "writers")}
+        told = {name: repr(getattr(self, name)) for name in (*names, "asynchronous", "writers", "upload")}
         return {"output_dir": str(self.output_dir), "save_every": self.schedule.describe(), **told}
 
     def run_directory(self) -> RunDirectory | None:
@@ -260,7 +265,7 @@ class Options:
         if self.output_dir is None:
             return None
         named = self.output_dir, self.template, self.run_name
-        if self.output_dir.is_local or self.upload is None:
+        if self.output_dir.is_local or self.upload.mode == "direct":
             return RunDirectory(*named, self.policy, self.ranks, self.writers)
         return UploadedDirectory(*named, self.policy, self.ranks, self.writers, self.upload)
 
@@ -305,8 +310,7 @@ def _alone(given: Arguments, final: Final) -> Iterator[str]:
     for option, (value, values) in known.items():
         if value is not None and value not in values:
             yield f"{option}={value!r}: expected one of {', '.join(values)}"
-    if given.upload is not None:
-        yield from given.upload.problems()
+    yield from given.upload.problems()
     workers = given.workers
     if workers is not None and (type(workers) is not int or workers < 1):
         yield f"workers={workers!r}: expected a whole number from 1 on, or None to let it be chosen"

@@ -140,8 +140,8 @@ class Saver:
         """Save a step that is due: now, or if saves are held, at ``save_held``."""
         if self.holds_saves:
             self.is_save_held = True
-        elif self.directory.await_room(self.counts.progress.step, may_skip=True):
-            self.save()
+        else:
+            self.save(may_skip=True)
 
     def save_held(self) -> None:
         """Save the step now if a save was due since the last one."""
@@ -173,22 +173,28 @@ class Saver:
         return self._ranks.first("report()", lambda: b"due" if due else b"") == b"due"
 
     @on_all_ranks
-    def save(self, settings: Settings | None = None) -> None:
-        """Take the current state, and write it: in the background, or before this returns."""
-        with self._options.hooks.around_save():
-            self._save(settings)
+    def save(self, settings: Settings | None = None, *, may_skip: bool = False) -> None:
+        """Take the current state, and write it: in the background, or before this returns.
 
-    def _save(self, settings: Settings | None) -> None:
-        parts, progress = self.require("save()"), self.counts.progress
-        settings, self.is_save_held = settings or self._settings, False
-        self.counts.watch.step_saved(progress.step)
+        ``may_skip``: it may be left out where earlier steps are still on their way.
+        """
+        parts, step = self.require("save()"), self.counts.progress.step
+        self.is_save_held = False
         self._refuse_others()
         if self._copy_check is not None:
-            self._copy_check.refuse_copies(progress.step)
+            self._copy_check.refuse_copies(step)
         if self.background.is_busy:
-            log.info("step %d waits for the save before it", progress.step)
+            log.info("step %d waits for the save before it", step)
         failed = self.background.settle()
-        self.directory.await_room(progress.step, may_skip=False)
+        if self.directory.await_room(step, may_skip=may_skip):
+            with self._options.hooks.around_save():
+                self._write(parts, settings or self._settings)
+        if failed is not None:
+            raise failed
+
+    def _write(self, parts: TrainingParts, settings: Settings) -> None:
+        progress = self.counts.progress
+        self.counts.watch.step_saved(progress.step)
         tensors = model_tensors(parts.model)
         state = parts.get_state() if settings.contents == "full" else None
         destination = self.next_destination
@@ -210,8 +216,6 @@ class Saver:
             self.background.run(attempt)
         else:
             attempt()
-        if failed is not None:
-            raise failed
 
     def _training(self, settings: Settings, destination: Place) -> Callable[[], dict[str, Any]]:
         """A function for the manifest's training section, which includes metrics reported until it is called."""

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
-from ckpt_convert.checkpoint.record import MANIFEST, listed_files, read_manifest
+from ckpt_convert.checkpoint.record import MANIFEST, listed_files
 from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.convert import ownership
 from ckpt_convert.errors import NotEnoughSpaceError, UnreadableError, UnwritableError
 from ckpt_convert.storage import workspace
+from ckpt_convert.storage.base import OpenFile, read_blocks, source_changed
 from ckpt_convert.storage.names import partial_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import Advice
@@ -26,12 +28,13 @@ from ckpt_convert.wording import human_bytes
 log = logging.getLogger("ckpt_convert")
 
 WhenBehind = Literal["wait", "skip"]
+Mode = Literal["behind", "direct"]
 
 WAITING = 2
 """Steps that may be on their way: one that is uploaded, and a complete one that waits for it."""
 
-_BLOCK = 1 << 20
-"""Bytes that are read at once; the store's writer joins them to parts."""
+_SMALL = 1 << 30
+"""Size limit, in bytes, of a file that is held in memory until the weights are there: config, index, manifest."""
 
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two attempts: the first time, doubled each time, and at most."""
@@ -44,13 +47,14 @@ _ADVICE = Advice("the step is complete on the local disk", "the step is complete
 
 @dataclass(frozen=True)
 class UploadOptions:
-    """How the steps of a run get into an object store.
+    """How the steps of a run get into an object store: from a disk, behind the training, or written there directly.
 
     ``local_dir`` is where they are written first, None for a temporary directory, and ``keep_local`` how many stay
     there; ``deadline`` are the seconds that failing uploads are tried for before the run is told; ``when_behind`` is
     what a save does that is due while two steps are on their way.
     """
 
+    mode: Mode = "behind"
     local_dir: str | Path | None = None
     keep_local: int = 1
     deadline: float = 3600.0
@@ -58,6 +62,10 @@ class UploadOptions:
 
     def problems(self) -> Iterator[str]:
         """What is wrong with the options, by the names of the checkpointer's."""
+        if self.mode not in get_args(Mode):
+            yield f"upload={self.mode!r}: expected one of {', '.join(get_args(Mode))}"
+        elif self.mode == "direct" and self != UploadOptions("direct"):
+            yield 'upload="direct": writes into the store, so local_dir and other options of uploads do nothing with it'
         if type(self.keep_local) is not int or self.keep_local < 0:
             yield f"keep_local={self.keep_local!r}: expected a whole number from 0 on"
         if not isinstance(self.deadline, int | float) or not self.deadline > 0:
@@ -66,52 +74,64 @@ class UploadOptions:
             yield f"when_behind={self.when_behind!r}: expected one of {', '.join(get_args(WhenBehind))}"
 
 
-def upload_step(local: Place, destination: Place) -> None:
+def upload_step(saved: SavedStep, destination: Place) -> None:
     """Copy a complete step into a store, where it appears complete: weights first, its manifest last.
 
-    Objects that an interrupted upload of the same step has finished are kept. Raises what the store does; what is there
-    then is no complete step, and a later call goes on.
+    Objects that an interrupted upload of the same step has finished are kept. Raises SourceChangedError where the step
+    is removed or saved again meanwhile, and what the store does; what is there then is no complete step, and a later
+    call goes on.
     """
     started = time.monotonic()
-    files = _files(local)
-    sizes = {name: place.identity().size for name, place in files.items() if name != MANIFEST}
-    identity = json.dumps([read_manifest(local)["training"]["sequence"], sorted(sizes.items())])
+    files = _files(saved.place)
+    entries = {name: place.identity() for name, place in files.items() if name != MANIFEST}
+    identity = json.dumps([saved.sequence, sorted((name, entry.size) for name, entry in entries.items())])
     rules, store = ownership.STEP_RULES, workspace.workspace_of(destination)
     with store.stage(destination, rules, overwrite=True, resume=True, advice=_ADVICE, alone=True) as stage:
         first, *whole = stage.journal() or [""]
-        journal = stage.begin(identity, set(whole) & files.keys() if first == identity else ())
+        kept = {*whole} & entries.keys() if first == identity else set()
+        journal = stage.begin(identity, kept)
         stage.expect(files)
-        for name in sorted(files, key=lambda name: (rules.rank(name), name)):
+        for name, entry in entries.items():
             if stage.folder.comes_last(name):
-                stage.folder.write(name, files[name].read(1 << 30))
-            elif first != identity or name not in whole:
-                _copy(files[name], stage.folder, name)
+                stage.folder.write(name, files[name].read(_SMALL, expected=entry))
+            elif name not in kept:
+                _copy(files[name].open(expected=entry), stage.folder, name)
                 journal.note_file(name, name)
+        stage.folder.write(MANIFEST, _manifest(saved))
         stage.commit()
-    log.info("uploaded %s (%s in %.1f s)", destination, human_bytes(sum(sizes.values())), time.monotonic() - started)
+    nbytes = sum(entry.size for entry in entries.values())
+    log.info("uploaded %s (%s in %.1f s)", destination, human_bytes(nbytes), time.monotonic() - started)
 
 
 def _files(step: Place) -> dict[str, Place]:
     """The files of a step that its manifest lists, and the manifest; not one that is being replaced."""
     being_written = partial_path(PurePosixPath(MANIFEST)).name
     names = (name for name in listed_files(step) if PurePosixPath(name).name != being_written)
-    return {name: (step / name).without_listing() for name in names}
+    return {name: (step / name).without_listing() for name in sorted(names)}
 
 
-def _copy(source: Place, folder: workspace.Folder, name: str) -> None:
-    with source.open() as reader, folder.file(name, reader.size) as file:
-        buffer = memoryview(bytearray(min(_BLOCK, reader.size)))
-        for offset in range(0, reader.size, _BLOCK):
-            block = buffer[: min(_BLOCK, reader.size - offset)]
-            reader.readinto(offset, block)
+def _manifest(saved: SavedStep) -> bytes:
+    """The manifest with the metrics that it has by now; raises SourceChangedError for that of a later save."""
+    place = (saved.place / MANIFEST).without_listing()
+    data = place.read(_SMALL)
+    if json.loads(data)["training"]["sequence"] != saved.sequence:
+        raise source_changed(saved.place, "it was saved again")
+    return data
+
+
+def _copy(source: OpenFile, folder: workspace.Folder, name: str) -> None:
+    with source, folder.file(name, source.size) as file:
+        offset = 0
+        for block in read_blocks(source):
             file.write(offset, block)
+            offset += len(block)
         file.sync()
 
 
-def has_arrived(local: Place, destination: Place) -> bool:
+def has_arrived(saved: SavedStep, destination: Place) -> bool:
     """Whether every file of a step is in the store, with its size, and the step is complete there."""
     there = {place.relative_name(destination): entry.size for place, entry in destination.listed().entries().items()}
-    here = {name: place.identity().size for name, place in _files(local).items()}
+    here = {name: place.identity().size for name, place in _files(saved.place).items()}
     return (here | {MANIFEST: 0}) == (there | {MANIFEST: 0}) and saved_steps.read_step(destination) is not None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ckpt_convert.checkpoint.identify import Identified
@@ -14,9 +15,9 @@ from ckpt_convert.checkpointer.run.naming import DirectoryTemplate
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory, only_warned
 from ckpt_convert.checkpointer.save.upload import WAITING, Uploader, UploadOptions, has_arrived, upload_step
-from ckpt_convert.errors import UsageError
+from ckpt_convert.errors import SourceChangedError, UsageError, VerificationError
 from ckpt_convert.storage import workspace
-from ckpt_convert.storage.by_rename import make_temporary_folder, remove_temporary_folder
+from ckpt_convert.storage.by_rename import make_private_folder, remove_tree, temporary_place
 from ckpt_convert.storage.place import Place, checked_place
 
 log = logging.getLogger("ckpt_convert")
@@ -46,6 +47,7 @@ class UploadedDirectory(RunDirectory):
         self._options = options
         self._uploader = Uploader(options.deadline)
         self._arrived: set[str] = set()
+        self._replaced: set[tuple[str, int]] = set()
         self._is_pruning = False
 
     # What is there
@@ -57,6 +59,10 @@ class UploadedDirectory(RunDirectory):
     def check(self, source: Identified) -> None:
         super().check(source)
         self.remote.check(source)
+
+    def _in_store(self, place: Place | None) -> Place | None:
+        """The same step in the store."""
+        return None if place is None else self.remote.path / place.name
 
     # Opening and closing
 
@@ -70,10 +76,14 @@ class UploadedDirectory(RunDirectory):
         return super()._open_for(every, source)
 
     def _open(self, source: Identified) -> None:
+        self._uploader = Uploader(self._options.deadline)  # that of a run before has ended
+        self.remote.stand_in = self._in_store(self.stand_in)
         self.remote.open(source, {})
         super()._open(source)
 
     def _take(self) -> None:
+        if self._is_temporary:
+            make_private_folder(self.path)
         super()._take()
         there = {saved.place.name: saved for saved in self.remote.saved}
         newest = max((saved.sequence for saved in there.values()), default=0)
@@ -99,7 +109,7 @@ class UploadedDirectory(RunDirectory):
         if self._is_temporary and not self.is_followed:
             left = saved_steps.scan_steps(self.path)
             if self._uploader.is_done:
-                remove_temporary_folder(self.path)
+                remove_tree(self.path)
             elif left:
                 log.warning(
                     "%s has not arrived in %s, and stays in %s; local_dir=%r goes on with it",
@@ -136,13 +146,20 @@ class UploadedDirectory(RunDirectory):
         return True
 
     def replace_later(self, steps: Iterable[SavedStep]) -> None:
+        """``RunDirectory.replace_later``, also of steps on the disk that will have arrived by then."""
         steps = list(steps)
+        self._replaced = {(one.place.name, one.sequence) for one in steps}
         super().replace_later(one for one in steps if one.place.parent == self.path)
-        self.remote.replace_later(one for one in steps if one.place.parent != self.path)
+        self.remote.replace_later(replace(one, place=self.remote.path / one.place.name) for one in steps)
+
+    def warn_of_obstacles(self, step: int) -> None:
+        super().warn_of_obstacles(step)
+        if not self.is_followed:
+            self.remote.warn_of_obstacles(step)
 
     def amend(self, destination: Place, metrics: Mapping[str, float], evals: int) -> None:
         """Write metrics that were reported after a save into its checkpoint, on the disk and in the store."""
-        super().amend(destination, metrics, evals)
+        super().amend(self.path / destination.name, metrics, evals)
         if not self.is_followed:
             there = self.remote.path / destination.name
             what = f"writing the metrics of {there}"
@@ -163,7 +180,7 @@ class UploadedDirectory(RunDirectory):
     def _prune(self, resumed: Place | None = None) -> None:
         """Prune the store once what is on its way has arrived; steps on the disk go as they arrive."""
         self._write_metrics()
-        kept = None if resumed is None else self.remote.path / resumed.name
+        kept = self._in_store(resumed)
         self._uploader.submit(f"pruning {self.remote.path}", lambda: self._prune_store(lambda: self.remote.prune(kept)))
 
     def _submit(self, name: str) -> None:
@@ -171,22 +188,36 @@ class UploadedDirectory(RunDirectory):
         self._uploader.submit(f"uploading {there}", lambda: self._upload(name), is_step=True)
 
     def _upload(self, name: str) -> None:
-        """Upload a step; then move the store's pointers, prune it, and remove older steps from the disk."""
-        if saved_steps.read_step(self.path / name) is None:
-            return  # replaced by one that was saved later
+        """Upload a step; then move the store's pointers, prune it, and remove older steps from the disk.
+
+        Raises VerificationError where not all of its files are in the store then.
+        """
+        here, there = self.path / name, self.remote.path / name
+        saved = saved_steps.read_step(here)
+        if saved is None or (name, saved.sequence) in self._replaced:
+            return
         self.remote.refuse_lost()
-        upload_step(self.path / name, self.remote.path / name)
-        if has_arrived(self.path / name, self.remote.path / name):
-            self._arrived.add(name)
+        try:
+            upload_step(saved, there)
+        except SourceChangedError:
+            now = saved_steps.read_step(here)
+            if now is not None and now.sequence == saved.sequence:
+                raise
+            return  # it was saved again meanwhile, and that is to be uploaded after this
+        if not has_arrived(saved, there):
+            raise VerificationError(f"{there}: is not as it was uploaded from {here}; something else writes there")
+        self._arrived.add(name)
         with only_warned(f"{self.path}: what has arrived cannot be removed"):
             self._drop_local()  # before the store is pruned, so that a step that is in neither was never complete
-        self._prune_store(lambda: self.remote.published(self.remote.path / name))
+        if (name, saved.sequence) not in self._replaced:
+            self._prune_store(lambda: self.remote.published(there))
 
     def _prune_store(self, work: Callable[[], None]) -> None:
         """Work that removes steps from the store; what an earlier attempt has left half-removed goes first."""
         if self._is_pruning:
             saved_steps.clean_up(self.remote.path)
         self._is_pruning = True
+        self.remote.stand_in = self._in_store(self.stand_in)
         work()
         self._is_pruning = False
 
@@ -199,9 +230,9 @@ class UploadedDirectory(RunDirectory):
 
 
 def _local_dir(given: str | Path | None, ranks: Ranks | None) -> Place:
-    """The directory on the disk, made here where none is given; the same on all ranks."""
+    """The directory on the disk, by a new name where none is given; the same on all ranks."""
     if given is not None:
         return checked_place(given, "local_dir")
     if ranks is None:
-        return make_temporary_folder()
-    return checked_place(ranks.first("making a directory", lambda: str(make_temporary_folder()).encode()).decode())
+        return temporary_place()
+    return checked_place(ranks.first("naming a directory", lambda: str(temporary_place()).encode()).decode())
