@@ -10,7 +10,6 @@ used, so that importing the package imports no torch.
 from __future__ import annotations
 
 import importlib
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert._version import __version__ as __version__
@@ -148,5 +147,7 @@ if not TYPE_CHECKING:  # a type checker would take any attribute for one that __
 
 
 def __dir__() -> list[str]:
+    from importlib.util import find_spec
+
     lacking = {name for name, packages in _PACKAGES.items() if not all(map(find_spec, packages))}
     return sorted({*globals(), *__all__} - lacking)

@@ -3,77 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
-import shlex
 import signal
 import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import permutations
 from types import FrameType
 from typing import Any
 
 import click
 
 from ckpt_convert._version import __version__
+from ckpt_convert.cli.commands import Commands
 from ckpt_convert.errors import CkptConvertError, missing_package_error
-from ckpt_convert.models.core.table import FORMATS
-from ckpt_convert.wording import did_you_mean
 
-GROUPS = (
-    (
-        "Convert",
-        ("convert", *(f"{source}-to-{target}" for source, target in permutations(FORMATS, 2)), "merge-adapter"),
-    ),
-    ("Inspect", ("inspect", "show", "verify", "diff", "formats")),
-)
 _NAME = "ckpt-convert"
 _COMPLETING = "_CKPT_CONVERT_COMPLETE"
-_MODULES = {name: name.replace("-", "_") for name in ("merge-adapter", "inspect", "show", "verify", "diff", "formats")}
-"""The module of a command, in which the command has the same name; other commands are among ``convert.COMMANDS``."""
-
-
-class _Commands(click.Group):
-    """Commands by group, each module imported only when its command is used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for _, names in GROUPS for name in names]
-
-    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
-        if name not in self.list_commands(ctx):
-            return None
-        module = importlib.import_module(f"ckpt_convert.cli.{_MODULES.get(name, 'convert')}")
-        command = getattr(module, _MODULES[name]) if name in _MODULES else module.COMMANDS[name]
-        return command if isinstance(command, click.Command) else None
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-") and not ctx.resilient_parsing:
-            raise click.UsageError(f"No such command {name!r}{self._instead(ctx, name)}", ctx)
-        return super().resolve_command(ctx, args)
-
-    def _instead(self, ctx: click.Context, name: str) -> str:
-        """What was meant by a word that is no command."""
-        if os.path.exists(name):
-            return f"; it is a path: ckpt-convert inspect {shlex.quote(name)}"
-        return did_you_mean(name, self.list_commands(ctx)) or "."
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        for title, names in GROUPS:
-            with formatter.section(title):
-                rows = [
-                    (name, command.get_short_help_str(90)) for name in names if (command := self.get_command(ctx, name))
-                ]
-                formatter.write_dl(rows)
 
 
 @click.group(
-    cls=_Commands,
+    cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="""\b
 Examples:

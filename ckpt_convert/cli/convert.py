@@ -9,6 +9,7 @@ import click
 
 from ckpt_convert import formats
 from ckpt_convert.cli import options as common
+from ckpt_convert.cli.commands import CONVERSIONS, FORMAT_TITLES, SUMMARIES
 from ckpt_convert.cli.notices import notice, on_stderr
 from ckpt_convert.cli.progress import Bar
 from ckpt_convert.cli.text import echo, escape, json_text, plural
@@ -24,8 +25,6 @@ from ckpt_convert.wording import human_bytes
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
 
-FORMAT_TITLES = {"hf": "Hugging Face", "meta": "Meta", "native": "native (torchtune)", "torchtitan": "torchtitan"}
-_PAIRS = [(a, b) for a in FORMAT_TITLES for b in FORMAT_TITLES if a != b]
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
 
@@ -112,7 +111,6 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     usage = "SRC is a path, a URL or a Hub id (org/name); DST is a directory, or a URL in an object store."
     examples = [f"ckpt-convert {name} SRC DST --dry-run", f"ckpt-convert {name} SRC DST --verify"]
     if to is None:
-        title = "Convert SRC to any format, or re-shard it in its own."
         usage += (
             " A model of no known family stays in Hugging Face's format (--to hf), under its own keys. With "
             "--container and no --to, tensors are taken as they are stored, whatever they are of: a .pt, .ckpt or .bin "
@@ -126,16 +124,14 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
             "ckpt-convert convert last.ckpt out --container safetensors",
             "ckpt-convert convert step-1000/ out --container pt",
         ]
-    else:
-        title = f"Convert {FORMAT_TITLES[str(source)]} to {FORMAT_TITLES[to]}."
-        if to == "meta":
-            examples.append(f"ckpt-convert {name} SRC DST --model-parallel 2")
+    elif to == "meta":
+        examples.append(f"ckpt-convert {name} SRC DST --model-parallel 2")
     arguments = [common.Argument(name).parameter for name in ("src", "dst")]
     return click.Command(
         name,
         callback=run,
         params=[*arguments, *_options(source, to)],
-        help=f"{title}\n\n{usage}",
+        help=f"{SUMMARIES[name]}\n\n{usage}",
         epilog="\b\nExamples:\n" + "\n".join(f"  {example}" for example in examples),
     )
 
@@ -217,5 +213,5 @@ def show_report(report: Report, *, as_json: bool, quiet: bool) -> None:
 
 COMMANDS = {
     "convert": _command("convert", None, None),
-    **{f"{a}-to-{b}": _command(f"{a}-to-{b}", a, b) for a, b in _PAIRS},
+    **{name: _command(name, *name.split("-to-")) for name in CONVERSIONS},
 }

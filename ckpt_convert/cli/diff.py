@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt_convert.cli import colors, options, tree
+from ckpt_convert.cli.commands import SUMMARIES
 from ckpt_convert.cli.text import (
     Labelled,
     columns,
@@ -86,7 +87,7 @@ def severity(change: Change) -> tuple[bool, float, float, int]:
 
 
 @click.command(
-    short_help="Show where two checkpoints differ, across formats.",
+    short_help=SUMMARIES["diff"],
     epilog="""\b
 Examples:
   ckpt-convert diff Llama-3.2-1B my-finetune

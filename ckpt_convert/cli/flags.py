@@ -24,16 +24,16 @@ FLAGS = {name: _EXCEPT.get(name, f"--{name.replace('_', '-')}") for name in _OPT
 """The flag of each option that messages name."""
 
 _QUOTES = "'\""
-_OPTION = re.compile(rf"`({'|'.join(FLAGS)})=([^`]*)`")
+_OPTION = rf"`({'|'.join(FLAGS)})=([^`]*)`"
 _COMMANDS = {"convert_checkpoint": "convert", "verify_checkpoint": "verify"}
-_CALL = re.compile(rf"`(?:{'|'.join(_COMMANDS)})\([^`]*\)`")
+_CALL = rf"`(?:{'|'.join(_COMMANDS)})\([^`]*\)`"
 
 
 def in_flags(text: str) -> str:
     """A message with the options and calls that it has in backticks as the command line spells them."""
     if "`" not in text:
         return text
-    return _OPTION.sub(_option, _CALL.sub(_command, text))
+    return re.sub(_OPTION, _option, re.sub(_CALL, _command, text))
 
 
 def document_in_flags(value: Any) -> Any:

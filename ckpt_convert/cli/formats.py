@@ -10,6 +10,7 @@ import click
 
 from ckpt_convert.checkpoint.hints import unknown_family
 from ckpt_convert.cli import family_table, options
+from ckpt_convert.cli.commands import SUMMARIES
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, terminal_width
 from ckpt_convert.errors import option_error
@@ -28,7 +29,7 @@ _GAP = "  "
 
 
 @click.command(
-    short_help="Show which families and formats are supported.",
+    short_help=SUMMARIES["formats"],
     epilog="""\b
 Examples:
   ckpt-convert formats

@@ -9,6 +9,7 @@ import click
 
 from ckpt_convert.cli import facts as looking
 from ckpt_convert.cli import options
+from ckpt_convert.cli.commands import SUMMARIES
 from ckpt_convert.cli.facts import Facts, Statistics
 from ckpt_convert.cli.listing import body
 from ckpt_convert.cli.text import command_line, echo, echo_json, terminal_width
@@ -25,7 +26,7 @@ def _order(context: click.Context, parameter: click.Parameter, value: str) -> Or
 
 
 @click.command(
-    short_help="Show what a checkpoint is and which tensors it holds.",
+    short_help=SUMMARIES["inspect"],
     epilog="""\b
 Examples:
   ckpt-convert inspect Llama-3.2-1B                        what is it?

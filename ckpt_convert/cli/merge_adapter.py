@@ -8,6 +8,7 @@ import click
 
 from ckpt_convert import formats
 from ckpt_convert.cli import options as common
+from ckpt_convert.cli.commands import SUMMARIES
 from ckpt_convert.cli.convert import parse_size, show_report
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.progress import Bar
@@ -20,7 +21,7 @@ _CONTAINERS = list(dict.fromkeys(name for format in formats.ALL.values() for nam
 
 @click.command(
     "merge-adapter",
-    short_help="Merge a LoRA or DoRA adapter into its base.",
+    short_help=SUMMARIES["merge-adapter"],
     epilog="""\b
 Examples:
   ckpt-convert merge-adapter Llama-3.2-1B my-lora Llama-3.2-1B-merged --verify

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ckpt_convert.cli.commands import FORMAT_TITLES
 from ckpt_convert.errors import UsageError
-from ckpt_convert.models.core.table import FORMATS
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -84,7 +84,8 @@ def from_format(what: str = "PATH", side: str = "") -> Option:
     """The format of what is opened; ``side`` is "-a" or "-b" where there are two."""
     name = f"from_{side[1:]}" if side else "from_format"
     return Option(
-        (f"--from{side}", name), {"type": click.Choice(FORMATS), "help": f"Format of {what} (default: detected)."}
+        (f"--from{side}", name),
+        {"type": click.Choice(list(FORMAT_TITLES)), "help": f"Format of {what} (default: detected)."},
     )
 
 

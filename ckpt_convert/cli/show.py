@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ckpt_convert.cli import colors, options
+from ckpt_convert.cli.commands import FORMAT_TITLES, SUMMARIES
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.cli.text import columns, echo, echo_json, escape, shape_text, terminal_width
 from ckpt_convert.dtypes import DEQUANTIZED_DTYPES, DTYPES, nbytes
 from ckpt_convert.errors import InputError, KeyMismatchError, UsageError
-from ckpt_convert.models.core.table import FORMATS
 from ckpt_convert.storage.place import StorageOptions, with_options
 from ckpt_convert.wording import did_you_mean, human_bytes, short_repr
 
@@ -78,7 +78,7 @@ def _complete_key(context: click.Context, parameter: click.Parameter, incomplete
 
 
 @click.command(
-    short_help="Print the values of a tensor.",
+    short_help=SUMMARIES["show"],
     epilog="""\b
 Examples:
   ckpt-convert show Llama-3.2-1B model.norm.weight
@@ -99,7 +99,7 @@ are read. In most shells KEY[...] has to be quoted. Exit codes: 0 shown,
 @click.option(
     "--as",
     "as_format",
-    type=click.Choice(FORMATS),
+    type=click.Choice(list(FORMAT_TITLES)),
     help="KEY is one of this format, and its values are as that stores them.",
 )
 @click.option(

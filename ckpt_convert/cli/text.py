@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
-import shlex
-import shutil
 import sys
-import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TextIO
 
 import click
@@ -22,9 +17,9 @@ from ckpt_convert.wording import with_unit
 
 _GAP = "  "
 _SECRETS = (
-    (re.compile(r"(\n--store-option[=\n][^\n=]*=)[^\n]*"), r"\1…"),
-    (re.compile(r"(https?://)[^/@\n]*@|(\w+://)[^/@:\n]*:[^/@\n]*@"), r"\1\2"),
-    (re.compile(r"(\w+://[^?\n]*\?)[^\n]+"), r"\1…"),
+    (r"(\n--store-option[=\n][^\n=]*=)[^\n]*", r"\1…"),
+    (r"(https?://)[^/@\n]*@|(\w+://)[^/@:\n]*:[^/@\n]*@", r"\1\2"),
+    (r"(\w+://[^?\n]*\?)[^\n]+", r"\1…"),
 )
 """What may be secret in a command, a line for each word: values of such options, an address' user and its query."""
 
@@ -134,11 +129,17 @@ def can_say(text: str) -> bool:
 
 def terminal_width() -> int | None:
     """The columns of the terminal on standard output, None where it is no terminal."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    if not sys.stdout.isatty():
+        return None
+    import shutil
+
+    return shutil.get_terminal_size().columns
 
 
 def json_lines(document: Mapping[str, object]) -> Iterator[str]:
     """The lines of one JSON object; a list of objects has one line per object, quick to write and easy to grep."""
+    import json
+
     yield "{"
     last = len(document) - 1
     for at, (name, value) in enumerate(document.items()):
@@ -154,6 +155,8 @@ def json_lines(document: Mapping[str, object]) -> Iterator[str]:
 
 def json_text(value: object, **settings: Any) -> str:
     """A value as JSON, with the options in the library's texts spelled as flags."""
+    import json
+
     text = json.dumps(value, **settings)
     return json.dumps(document_in_flags(value), **settings) if "`" in text else text
 
@@ -178,12 +181,12 @@ def echo(text: str, *, err: bool = False) -> None:
         click.echo(text, err=err, color=False if _is_plain() else None)
 
 
-@dataclass
 class Printed:
     """The state of a command's output: ``lost`` is whether some of it could not be written; ``words`` are its own."""
 
-    lost: bool = False
-    words: Sequence[str] = ()
+    def __init__(self, words: Sequence[str] = ()) -> None:
+        self.words = words
+        self.lost = False
 
 
 def command_line() -> str:
@@ -192,9 +195,11 @@ def command_line() -> str:
     printed = context.find_object(Printed) if context is not None else None
     if printed is None or not printed.words:
         return ""
+    import shlex
+
     text = "\n".join(["ckpt-convert", *(word.replace("\n", " ") for word in printed.words)])
     for pattern, kept in _SECRETS:
-        text = pattern.sub(kept, text)
+        text = re.sub(pattern, kept, text)
     return shlex.join(text.split("\n"))
 
 
@@ -347,6 +352,8 @@ def _escaped(char: str) -> str:
 
 
 def _char_width(char: str) -> int:
+    import unicodedata
+
     if unicodedata.combining(char):
         return 0
     return 2 if unicodedata.east_asian_width(char) in "WF" else 1

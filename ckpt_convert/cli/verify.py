@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckpt_convert.cli import colors, options
+from ckpt_convert.cli.commands import SUMMARIES
 from ckpt_convert.cli.text import Labelled, echo, echo_json, escape, labelled, plural, terminal_width, wrap
 from ckpt_convert.wording import human_bytes
 
@@ -28,7 +29,7 @@ _MOST = 12
 
 
 @click.command(
-    short_help="Report everything that is wrong with a checkpoint.",
+    short_help=SUMMARIES["verify"],
     epilog="""\b
 Examples:
   ckpt-convert verify Llama-3.2-1B
