@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt_convert import formats
-from ckpt_convert.checkpoint import locate, opening, record
+from ckpt_convert.checkpoint import locate, manifest_layout, opening, record
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.checkpoint.tensor import CheckpointTensor
@@ -152,15 +152,20 @@ def open_identified(
     config: Location | None = None,
     revision: str | None = None,
     options: ConfigOptions | None = None,
+    glance: bool = False,
 ) -> Identified:
-    """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state."""
+    """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state.
+
+    A ``glance`` at a checkpoint in a store takes few requests: headers and config are those in the manifest, where
+    nothing was written later; and an index is not compared with shards that are all there.
+    """
     path = opening.checkpoint_place(locate.locate_checkpoint(path, revision, format=format))
     if path.is_folder() and (path / JOURNAL).is_present():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without it to "
             "start over"
         )
-    return open_unfinished(path, format=format, family=family, config=config, options=options)
+    return open_unfinished(path, format=format, family=family, config=config, options=options, glance=glance)
 
 
 @reading()
@@ -171,6 +176,7 @@ def open_unfinished(
     family: str | None = None,
     config: Location | None = None,
     options: ConfigOptions | None = None,
+    glance: bool = False,
 ) -> Identified:
     """``open_identified`` for any directory, also one that is still being written."""
     formats.check_format_name(format, "format")
@@ -179,6 +185,11 @@ def open_unfinished(
         raise CheckpointNotFoundError(f"{path}: no such file or directory")
     seen = list_identities(path, RECORD_FOLDER) if path.is_folder() else {path: path.identity()}
     found_record = record.load_record(path) if path.is_folder() else None
-    found = identify(opening.open_weights(path, format, found_record, seen), hints, found_record)
+    glance = glance and path.store.prefers_listing
+    if glance and found_record is not None:
+        manifest_layout.remember_config(found_record)
+    opened = opening.open_described(path, format, found_record, seen) if glance else None
+    opened = opened or opening.open_weights(path, format, found_record, seen, reads_index=not glance)
+    found = identify(opened, hints, found_record)
     _ = found.stated_config.content_or_empty  # raises now if the config cannot be read; errors in it are raised on use
     return found

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
+from ckpt_convert.checkpoint.manifest_layout import described_files
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers import gguf
 from ckpt_convert.containers.dcp import is_dcp_index
@@ -19,7 +20,7 @@ from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError
 from ckpt_convert.formats import peft
 from ckpt_convert.formats.base import WeightDirectory, WeightName, dcp_directory, plain_weights
-from ckpt_convert.formats.hf import alternative_set_advice
+from ckpt_convert.formats.hf import alternative_set_advice, numbered_shards
 from ckpt_convert.formats.names import (
     ADAPTER_WEIGHTS,
     GGUF_SUFFIX,
@@ -48,6 +49,7 @@ _CACHED = 32
 """Files of a store whose beginnings stay in memory once the headers were read: a conversion reads them again."""
 
 _LOOSE = "weight files without config.json"
+RECORDED = f"{record.MANIFEST} says so"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
 
@@ -125,15 +127,44 @@ def describe_part(path: Place) -> str | None:
     return None
 
 
-def open_weights(
+def open_described(
     path: Place, requested: str | None, recorded: Record | None, identities: Mapping[Place, Entry]
+) -> OpenedFiles | None:
+    """The weight files of a directory in a store as its manifest describes them, without a request for any of them.
+
+    None where it does not, or not as they are now.
+    """
+    format = recorded.format if recorded is not None else None
+    if recorded is None or format is None or requested not in (None, format):
+        return None
+    described = described_files(recorded)
+    if described is None:
+        return None
+    weights = described.directory.weights
+    places = [path.resolve_member(weight.name, record.MANIFEST) for weight in weights]
+    files = tuple(
+        WeightFile(weight.name, weight.rank, place, place.open(), header)
+        for weight, place, header in zip(weights, places, described.headers, strict=True)
+    )
+    return OpenedFiles(path, format, RECORDED, described.directory, files, (), identities)
+
+
+def open_weights(
+    path: Place,
+    requested: str | None,
+    recorded: Record | None,
+    identities: Mapping[Place, Entry],
+    *,
+    reads_index: bool = True,
 ) -> OpenedFiles:
     """Find and open the weight files at a path; ``requested`` is the requested format.
 
-    Files that fit no format are opened all the same, with None as format. Raises CheckpointNotFoundError where there
-    are no weight files, and what reading a header raises.
+    Files that fit no format are opened all the same, with None as format. Without ``reads_index``, the index of shards
+    that are all there by their names is not compared with them. Raises CheckpointNotFoundError where there are no
+    weight files, and what reading a header raises.
     """
-    name, why, directory = detect_format(path, requested, recorded)
+    shards = None if reads_index else numbered_shards(path)
+    name, why, directory = detect_format(path, requested, recorded, shards)
     files, facts = open_files(path, directory)
     if name is None and directory.kind in (None, "dcp"):
         name, why = format_from_keys(files, why, directory.kind)
@@ -160,23 +191,26 @@ def _with_keys_of(files: Sequence[WeightFile], directory: WeightDirectory) -> We
 
 
 def detect_format(
-    path: Place, requested: str | None, recorded: Record | None
+    path: Place, requested: str | None, recorded: Record | None, shards: WeightDirectory | None = None
 ) -> tuple[str | None, str, WeightDirectory]:
-    """The format of a path, the evidence for it, and the weight files; raises what ``open_checkpoint`` does."""
+    """The format of a path, the evidence for it, and the weight files; raises what ``open_checkpoint`` does.
+
+    ``shards`` are the weights in Hugging Face's format, if they are known already.
+    """
     if path.is_regular_file():
         return _a_file(path, requested)
     if not path.is_folder():
         raise CheckpointNotFoundError(f"{path}: is neither a file nor a directory")
     if requested is not None:
-        directory = _of_format(path, requested)
+        directory = _of_format(path, requested, shards)
         if directory is None:
             raise CheckpointNotFoundError(f"{path}: has no weight files of the {requested} format{_instead(path)}")
         return requested, "as asked for", directory
     if recorded is not None and recorded.format is not None:
-        directory = _of_format(path, recorded.format)
+        directory = _of_format(path, recorded.format, shards)
         if directory is not None:
-            return recorded.format, f"{record.MANIFEST} says so", directory
-    return _by_names(path)
+            return recorded.format, RECORDED, directory
+    return _by_names(path, shards)
 
 
 def _a_file(path: Place, requested: str | None) -> tuple[str | None, str, WeightDirectory]:
@@ -190,13 +224,15 @@ def _a_file(path: Place, requested: str | None) -> tuple[str | None, str, Weight
     return requested, "as asked for" if requested else "a single file", WeightDirectory((WeightName(path.name),))
 
 
-def _of_format(path: Place, format: str) -> WeightDirectory | None:
+def _of_format(path: Place, format: str, shards: WeightDirectory | None) -> WeightDirectory | None:
+    if shards is not None and format == "hf":
+        return shards
     return formats.ALL[format].find_weights(path) or _in_common(path, format)
 
 
-def _by_names(path: Place) -> tuple[str | None, str, WeightDirectory]:
+def _by_names(path: Place, shards: WeightDirectory | None) -> tuple[str | None, str, WeightDirectory]:
     """The format of a directory by the names of its files."""
-    found = formats.ALL["hf"].find_weights(path)
+    found = shards or formats.ALL["hf"].find_weights(path)
     if found is not None and (path / "config.json").is_regular_file():
         return "hf", f"config.json and {found.index or found.weights[0].name}", found
     ranks = formats.ALL["meta"].find_weights(path) if found is None else None

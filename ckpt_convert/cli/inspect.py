@@ -96,7 +96,8 @@ def _look(path: Place, from_format: str | None, **options: Any) -> None:
     from ckpt_convert.checkpoint.checkpoint import open_identified
 
     family, config = options["family"], options["config"]
-    with open_identified(path, format=from_format, family=family, config=config) as checkpoint:
+    glance = not (options["stats"] or options["fail_on_nan"])
+    with open_identified(path, format=from_format, family=family, config=config, glance=glance) as checkpoint:
         _show(looking.gather(checkpoint), **options)
 
 

@@ -15,13 +15,14 @@ from ckpt_convert._version import __version__
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.hints import Hints
+from ckpt_convert.checkpoint.manifest_layout import CONFIG, LAYOUT, describe_layout
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.embedding import EmbeddingSplit
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.request import Request
 from ckpt_convert.errors import ConfigError
-from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.formats.names import RECORD_FOLDER, is_index
 from ckpt_convert.models.core.table import Dims, Instance
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.checksums import digest
@@ -213,7 +214,7 @@ class Plan:
         self, pieces: Mapping[str, Any], side: Sequence[Mapping[str, str]], kept: Mapping[str, str]
     ) -> dict[str, Any]:
         """The content of ``ckpt_convert/manifest.json``: without times and absolute paths, so it is reproducible."""
-        return {
+        content = {
             "schema": record.SCHEMA,
             "format": self.formats[1],
             "family": self.family,
@@ -226,6 +227,16 @@ class Plan:
             "side_files": sorted(side, key=lambda entry: entry["name"]),
             "record": dict(sorted(kept.items())),
         }
+        return content | self._described()
+
+    def _described(self) -> dict[str, Any]:
+        """The entries of the manifest that spare a look into a store the requests for each file."""
+        names = {side.name: side for side in self.auxiliary_files}
+        index = next((name for name in names if is_index(name)), None)
+        layout = describe_layout(((file.name, file.rank, file.layout.header) for file in self.weights), index)
+        config = names[record.CONFIG].data if record.CONFIG in names and "config.json" not in names else None
+        found = {LAYOUT: layout, CONFIG: config.decode(errors="ignore") if config is not None else None}
+        return {name: entry for name, entry in found.items() if entry is not None}
 
     def fingerprint(self) -> str:
         """A checksum of everything that determines the output's bytes, which a partial output to resume must match."""

@@ -46,6 +46,20 @@ def find(directory: Place) -> WeightDirectory | None:
     return None
 
 
+def numbered_shards(directory: Place) -> WeightDirectory | None:
+    """The weights by their names alone, in a folder with a config and an index of the default names.
+
+    None unless there are all of its shards, and no other weights that transformers would look at.
+    """
+    stem, suffix = HF_STEMS["safetensors"], SUFFIXES["safetensors"]
+    names = {entry.name for entry in directory.files()} if directory.is_folder() else set()
+    shards = sorted(name for name in names if name.endswith(suffix))
+    index, whole = index_for(stem + suffix), numbered_names(len(shards), stem, suffix)
+    if len(shards) < 2 or shards != whole or not names.issuperset(("config.json", index)):
+        return None
+    return WeightDirectory(tuple(map(WeightName, shards)), index)
+
+
 def weights_from_index(directory: Place, name: str) -> WeightDirectory:
     """The files that an index names, each once, sorted; raises CorruptFileError for a malformed index."""
     path = directory.resolve_member(name, str(directory))

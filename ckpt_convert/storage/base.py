@@ -7,10 +7,11 @@ another (``local``, ``memory``). A name is a string with "/" between folders; ho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self, runtime_checkable
+from typing import Protocol, Self, runtime_checkable
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, SourceChangedError, UnsafeFileError
 
@@ -36,11 +37,16 @@ class Entry(Protocol):
         """A description of what has changed in the content since; None if nothing has."""
 
 
-class Version(NamedTuple):
-    """An entry of a store that knows only size and etag."""
+@dataclass(frozen=True, slots=True)
+class Version:
+    """An entry of a store that knows only size and etag, and perhaps when the file was written.
+
+    ``modified`` is that time by the store's clock, in seconds; a copy of the same content may have another one.
+    """
 
     size: int
     etag: str
+    modified: float | None = field(default=None, compare=False)
 
     def change(self, now: Entry, /) -> str | None:
         if now.size != self.size:

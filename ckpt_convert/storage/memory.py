@@ -102,7 +102,7 @@ class MemoryStore(ObjectStore):
 
     def _object(self, data: bytes) -> _Object:
         self._writes += 1
-        return _Object(bytes(data), Version(len(data), f"v{self._writes}"))
+        return _Object(bytes(data), Version(len(data), f"v{self._writes}", float(self._writes)))
 
     def _request(self, kind: str) -> None:
         with self._lock:

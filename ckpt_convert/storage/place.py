@@ -29,8 +29,8 @@ from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, is_web_url, local_path
 from ckpt_convert.storage.remote.urls import address_of
 
-_KEPT = 1 << 20
-"""Bytes of the largest file that a listing keeps."""
+_KEPT = 1 << 25
+"""Bytes of the largest file that a listing keeps, such as the manifest of a model with 100,000 tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +205,17 @@ class Place:
 
         A listing keeps what was read of a store, since several readers want the manifest and the config.
         """
-        kept = self.listing.contents if isinstance(self.listing, Listing) and expected is None else {}
-        data = kept.get(str(self.path))
+        data = self.known_content if expected is None else None
         if data is None or len(data) > max_bytes:
             data = self._read(max_bytes, expected)
-            if len(data) <= _KEPT:
-                kept[str(self.path)] = data
+            if isinstance(self.listing, Listing) and expected is None and len(data) <= _KEPT:
+                self.listing.contents[str(self.path)] = data
         return data
+
+    @property
+    def known_content(self) -> bytes | None:
+        """The content, where the listing keeps it."""
+        return self.listing.contents.get(str(self.path)) if isinstance(self.listing, Listing) else None
 
     def _read(self, max_bytes: int, expected: Entry | None) -> bytes:
         with self.open(expected=expected) as file:

@@ -13,6 +13,7 @@ from ckpt_convert.analysis.check.spans import Span, hashed_span
 from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.findings import Finding, Severity, failed_check
+from ckpt_convert.checkpoint.manifest_layout import described_headers
 from ckpt_convert.checkpoint.record import MANIFEST, Record
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.errors import CkptConvertError, UnsafeFileError
@@ -20,7 +21,7 @@ from ckpt_convert.formats.base import TEXT_LIMIT
 from ckpt_convert.formats.names import RECORD_FOLDER, is_weights
 from ckpt_convert.storage.base import OpenFile, RangeReader, read_range
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
-from ckpt_convert.tensors.header import WeightFile
+from ckpt_convert.tensors.header import Header, WeightFile
 
 _CHANGED = (
     "edited or damaged: copy or convert it again; if the change was meant, move the folder ckpt_convert elsewhere, "
@@ -44,6 +45,7 @@ def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]
         return [Finding("error", "record", text, MANIFEST)], spans
     files: dict[str, WeightFile | None] = {file.name: file for file in opened.checkpoint.files}
     weights = frozenset(files)
+    described = {file.name: header for file, header in described_headers(record.manifest).items()}
     for name in record.manifest["files"]:
         if name.startswith(f"{RECORD_FOLDER}/"):
             try:
@@ -69,12 +71,23 @@ def check_manifest(opened: LenientCheckpoint) -> tuple[list[Finding], list[Span]
             findings.append(Finding("error", "checksum", text, name, None, str(entry["size"]), str(size)))
         elif file.name not in opened.damaged_files:
             found, readable = _whole(file, entry) if "header" in entry else _located(file, entry["pieces"])
-            findings += found
+            findings += found or _misdescribed(file, described.get(name))
             spans += readable
     for name in sorted(weights - record.manifest["files"].keys()):
         text = f"{name} was not there when {MANIFEST} was written; nothing says what should be in it"
         findings.append(Finding("warning", "checksum", text, name))
     return findings, spans
+
+
+def _misdescribed(file: WeightFile, described: Header | None) -> list[Finding]:
+    """Where the manifest's description of a file is not what the file's own header says."""
+    if described is None or (set(described.tensors), described.metadata) == (
+        set(file.header.tensors),
+        file.header.metadata,
+    ):
+        return []
+    text = f"{file.name}: {MANIFEST} describes other tensors than its header does; {_CHANGED}"
+    return [Finding("error", "record", text, file.name)]
 
 
 def _is_sound(entry: Any, kind: str) -> bool:

@@ -265,7 +265,8 @@ def _version(item: Any) -> Version:
     Azure's listings have etags without the quotes that its other answers have.
     """
     etag = item["e_tag"] or str(item["last_modified"])
-    return Version(item["size"], etag if etag.endswith('"') else f'"{etag}"')
+    modified = item["last_modified"].timestamp()
+    return Version(item["size"], etag if etag.endswith('"') else f'"{etag}"', modified)
 
 
 def _without_markers(prefix: str, found: dict[str, Entry]) -> dict[str, Entry]:
