@@ -24,13 +24,18 @@ BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "asyn
 
 
 @contextmanager
-def failing(place: Any, name: str, number: int, after: int = 0) -> Iterator[list[int]]:
-    """Let a function of the system fail from its call ``after`` on; how often it did is the length of what is given."""
+def failing(place: Any, name: str, number: int, after: int = 0, of: str = "") -> Iterator[list[int]]:
+    """Let a function of the system fail from its call ``after`` on; how often it did is the length of what is given.
+
+    ``of``: only calls with the descriptor of a file that has this in its path.
+    """
     calls, failed = 0, []
     true = getattr(place, name)
 
     def fails(*args: Any, **kwargs: Any) -> Any:
         nonlocal calls
+        if of and of not in os.readlink(f"/proc/self/fd/{args[0]}"):
+            return true(*args, **kwargs)
         calls += 1
         if calls > after:
             failed.append(calls)
@@ -80,21 +85,22 @@ def checkpointer(request: pytest.FixtureRequest, trained: Trained, tmp_path: Pat
         yield checkpointer
 
 
-FAULTS: dict[str, tuple[Any, str, int]] = {
-    "disk full while writing weights": (os, "pwrite", 0),
-    "disk full in the middle of the weights": (os, "pwrite", 3),
-    "disk full while writing the training state": (os, "write", 0),
-    "disk full in the middle of the training state": (os, "write", 200),
-    "disk full when flushing": (os, "fsync", 2),
-    "disk full when making files": (os, "ftruncate", 4),
-    "disk full when renaming": (os, "rename", 0),
+FAULTS: dict[str, tuple[Any, str, int, str]] = {
+    "disk full while writing weights": (os, "pwrite", 0, ""),
+    "disk full in the middle of the weights": (os, "pwrite", 3, ""),
+    "disk full while writing the training state": (os, "pwrite", 0, "training_state"),
+    "disk full in the middle of the training state": (os, "pwrite", 200, "training_state"),
+    "disk full when flushing": (os, "fsync", 2, ""),
+    "disk full when making files": (os, "ftruncate", 4, ""),
+    "disk full when renaming": (os, "rename", 0, ""),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_full_disk(fault: str, checkpointer: Checkpointer, trained: Trained, tmp_path: Path) -> None:
-    place, name, after = FAULTS[fault]
-    with failing(place, name, errno.ENOSPC, after) as failed, pytest.raises(NotEnoughSpaceError, match="earlier ones"):
+    place, name, after, of = FAULTS[fault]
+    full = failing(place, name, errno.ENOSPC, after, of)
+    with full as failed, pytest.raises(NotEnoughSpaceError, match="earlier ones"):
         advance(trained, checkpointer)
     assert failed
     assert [saved.step for saved in checkpointer.saved] == [1]  # the last good one is not gone for the one that failed

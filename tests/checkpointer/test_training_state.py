@@ -15,7 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpointer.state import training_state
+from ckpt_convert.checkpointer.state import dcp_files, training_state
 from ckpt_convert.checkpointer.state.serialize import SerializedState, serialize
 from ckpt_convert.checkpointer.state.training_state import DESCRIPTION, StateReader
 from ckpt_convert.errors import (
@@ -172,6 +172,18 @@ def test_the_same_state_gives_the_same_files(tmp_path: Path) -> None:
     assert one == other
 
 
+def test_several_threads_write_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor of many chunks, the last of them not full, between others."""
+    monkeypatch.setattr(dcp_files, "_CHUNK", 1 << 12)
+    state = serialize({"small": torch.ones(3), "large": torch.arange(40_001.0), "last": torch.zeros(5)})
+    for name, workers in (("one", 1), ("three", 3)):
+        with Folder.at(_made(tmp_path / name)) as folder:
+            files = training_state.write_state(folder, state, workers)
+        assert check(tmp_path / name, files) == []
+    assert (tmp_path / "one/__0_0.distcp").read_bytes() == (tmp_path / "three/__0_0.distcp").read_bytes()
+    assert torch.equal(read(tmp_path / "three")["large"], torch.arange(40_001.0))
+
+
 def test_tensors_in_pieces_are_put_together(tmp_path: Path) -> None:
     """As several ranks will write them: here one file holds two halves under one key."""
     write(tmp_path / "s", serialize({"a": torch.arange(12.0).reshape(4, 3)}))
@@ -279,10 +291,10 @@ def test_writing_warns_of_nothing(tmp_path: Path, recwarn: pytest.WarningsRecord
 
 
 def test_a_full_disk_leaves_no_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(fd: int, data: bytes) -> int:
+    def full(fd: int, data: bytes, offset: int) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(NotEnoughSpaceError, match=r"__0_0.distcp: cannot be written: No space left"):
         write(tmp_path / "s", serialize({"a": torch.ones(10)}))
     assert not (tmp_path / "s" / ".metadata").exists()
@@ -291,7 +303,7 @@ def test_a_full_disk_leaves_no_metadata(tmp_path: Path, monkeypatch: pytest.Monk
 def _with_description(directory: Path, content: object) -> None:
     text = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
     with Folder.at(_made(directory)) as folder:
-        training_state.DcpWriter(folder).save({DESCRIPTION: text})
+        training_state.DcpWriter(folder, 1).save({DESCRIPTION: text})
 
 
 def _made(directory: Path) -> Path:

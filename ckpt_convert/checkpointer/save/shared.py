@@ -156,7 +156,8 @@ class _Shared(contextlib.ExitStack):
                 except BrokenExchangeError as error:
                     return packed([[], None, str(error)])
             if isinstance(self._step.state, SharedState):
-                state = shared_state.write_own(folder.subfolder(TRAINING_STATE), self._step.state, first)
+                into = folder.subfolder(TRAINING_STATE)
+                state = shared_state.write_own(into, self._step.state, first, self._workers)
         return packed([[part.as_json() for part in parts], state, ""])
 
     def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look, bits: int) -> list[WrittenPart]:

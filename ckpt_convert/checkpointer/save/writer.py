@@ -102,7 +102,7 @@ def write_step(
     """
     with staged(step, destination, mode=mode, alone=alone) as staging:
         weights = _weights(step, step.weights, staging, workers, progress) if step.weights is not None else None
-        complete(step, staging, weights, _state(step, staging))
+        complete(step, staging, weights, _state(step, staging, workers))
 
 
 @contextlib.contextmanager
@@ -169,10 +169,10 @@ def weights_folder(step: StepContents, staging: Stage) -> Folder:
     return staging.folder.subfolder(step.weights_in) if step.weights_in else staging.folder
 
 
-def _state(step: StepContents, staging: Stage) -> training_state.Files | None:
+def _state(step: StepContents, staging: Stage, workers: int) -> training_state.Files | None:
     if step.state is None or isinstance(step.state, SharedState):
         return None
-    return training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state)
+    return training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state, workers)
 
 
 def complete(

@@ -139,11 +139,14 @@ def make_files(folder: Folder, count: int) -> None:
         folder.file(dcp_files.data_name(rank), 0).close()
 
 
-def write_own(folder: Folder, state: SharedState, optimizer_names: str) -> dict[str, Any]:
-    """Write what one rank owns; returns what the first one, whose ``optimizer_names`` these are, has to know of it."""
+def write_own(folder: Folder, state: SharedState, optimizer_names: str, workers: int) -> dict[str, Any]:
+    """Write what one rank owns; returns what the first one, whose ``optimizer_names`` these are, has to know of it.
+
+    ``workers`` threads write large tensors.
+    """
     name = dcp_files.data_name(state.rank)
     boxes = list(_boxes(state.tensors))
-    places, written = dcp_files.write_data(folder, name, (tensor for _, tensor in boxes))
+    places, written = dcp_files.write_data(folder, name, (tensor for _, tensor in boxes), workers)
     pieces = [[*box, name, *at] for (box, _), at in zip(boxes, places, strict=True)]
     stage = {} if state.optimizer_names == optimizer_names else {OPTIMIZER: state.parts.get(OPTIMIZER)}
     return {"own": state.own, "pieces": pieces, "file": written, **stage}
@@ -161,7 +164,7 @@ def finish(folder: Folder, state: SharedState, reports: Sequence[Mapping[str, An
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
     described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     name = dcp_files.data_name(0, 1)
-    (place,), files[name] = dcp_files.write_data(folder, name, [described])
+    (place,), files[name] = dcp_files.write_data(folder, name, [described], 1)
     every = [Piece(*piece) for report in reports for piece in report["pieces"]]
     pieces = list({(one.key, 0 in one.shape or tuple(one.origin)): one for one in every}.values())
     _check(pieces)

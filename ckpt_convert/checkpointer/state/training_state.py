@@ -30,7 +30,7 @@ from ckpt_convert.errors import (
 )
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.reader import reading
+from ckpt_convert.storage.reader import DEFAULT_WORKERS, reading
 from ckpt_convert.storage.workspace import Folder
 from ckpt_convert.tensors.header import StoredTensor
 
@@ -64,11 +64,13 @@ class _OfRank(NamedTuple):
     skeleton: Any
 
 
-def write_state(folder: Folder, packed: Mapping[str, SerializedState] | SerializedState) -> Files:
+def write_state(
+    folder: Folder, packed: Mapping[str, SerializedState] | SerializedState, workers: int = DEFAULT_WORKERS
+) -> Files:
     """Write a state, or several by name, into a new folder; its files are on disk afterwards.
 
     Returns size (bytes) and checksum (xxh3_64, hex) of each file by name. No copy of the state is made: of tensors
-    that are not on the CPU, or not contiguous, one at a time.
+    that are not on the CPU, or not contiguous, one at a time. ``workers`` threads write large tensors.
     """
     if isinstance(packed, SerializedState):
         content: dict[str, Any] = {"version": VERSION, "tree": packed.skeleton}
@@ -79,7 +81,8 @@ def write_state(folder: Folder, packed: Mapping[str, SerializedState] | Serializ
     if DESCRIPTION in tensors:
         raise UsageError(f"{DESCRIPTION!r} is the name of the description of the state; call yours something else")
     text = json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-    return DcpWriter(folder).save({DESCRIPTION: torch.frombuffer(bytearray(text), dtype=torch.uint8)} | tensors)
+    described = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return DcpWriter(folder, workers).save({DESCRIPTION: described} | tensors)
 
 
 def prefix_of(name: str, rank: int | None = None) -> str:
