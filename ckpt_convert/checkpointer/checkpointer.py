@@ -419,7 +419,7 @@ class Checkpointer:
             self.close()
             return
         try:
-            self.wait()  # what is in flight is finished; the step that failed is not saved
+            self._saver.wait(alone=True)  # what is in flight is finished; the step that failed is not saved
         except Exception:
             log.exception("a checkpoint could not be saved")
         trouble = self._saver.conflict

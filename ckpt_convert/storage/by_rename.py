@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from ckpt_convert.errors import NotEnoughSpaceError, OutputExistsError
@@ -150,8 +150,8 @@ def is_leftover(directory: Place) -> bool:
     return False
 
 
-def tidy(parent: Place, rules: Rules) -> None:
-    """``Workspace.tidy``; see ``removal.tidy``."""
+def tidy(parent: Place, rules: Rules, but: Collection[str] = ()) -> None:
+    """``Workspace.tidy``; see ``removal.tidy``. Nothing is gone on with: what is half-written has another name."""
     removal.tidy(parent.local, rules)
 
 

@@ -110,6 +110,21 @@ class OrderedStage:
         """Announce names that will be written, together with the first of them."""
         self.folder.ledger.expected.update(names)
 
+    def announce(self, names: Iterable[str]) -> None:
+        """Announce names now, which other processes may write then (``folder_for``)."""
+        with self.folder.advised():
+            self._directory.announce({*names}, removing=False)
+
+    @property
+    def whole(self) -> set[str]:
+        """The files of an earlier attempt that the journal has as complete, and that are still there."""
+        return {*self._directory.journal.whole}
+
+    @property
+    def first(self) -> str:
+        """The first line of the journal of an earlier attempt; empty for none."""
+        return self._directory.journal.first if self.resumed else ""
+
     def allocated(self) -> int:
         """Bytes written by an earlier attempt."""
         return self.folder.nbytes
@@ -244,6 +259,13 @@ def join(staged: Place, advice: Advice) -> AbstractContextManager[OrderedFolder]
     )
 
 
+def folder_for(destination: Place, rules: Rules, names: Collection[str], advice: Advice) -> OrderedFolder:
+    """The folder of a stage of another process, to write whole files into it that the stage has announced."""
+    directory = JournaledDirectory(destination, rules)
+    directory.journal.names.update(names)
+    return OrderedFolder(directory, advice)
+
+
 def make_folder(folder: Place) -> None:
     """Nothing: a folder is only a prefix of names."""
 
@@ -324,10 +346,11 @@ def _finish(directory: JournaledDirectory, there: Collection[str]) -> None:
         )
 
 
-def tidy(parent: Place, rules: Rules) -> None:
+def tidy(parent: Place, rules: Rules, but: Collection[str] = ()) -> None:
     """Clean up after interrupted writers below a place; a directory that only lacked the last step is completed.
 
-    Directories with a lock are left, with a warning. Logs a line for each, and a warning for what cannot be removed.
+    Directories with a lock are left, with a warning, and half-written ones whose names are in ``but``. Logs a line for
+    each, and a warning for what cannot be removed.
     """
     listed = parent.without_listing().listed()
     if not listed.is_folder():
@@ -336,18 +359,20 @@ def tidy(parent: Place, rules: Rules) -> None:
         if not (place / JOURNAL).is_regular_file():
             continue
         try:
-            _tidy(place, rules)
+            _tidy(place, rules, is_kept=place.name in but)
         except CkptConvertError as error:
             log.warning("%s is left over and cannot be removed: %s", place, error)
 
 
-def _tidy(place: Place, rules: Rules) -> None:
+def _tidy(place: Place, rules: Rules, *, is_kept: bool) -> None:
     if (lock := lock_place(place)).is_present():
         log.warning("%s is being written, or was when its writer ended; %s", place, stale(lock))
         return
     directory = JournaledDirectory(place, rules)
     there = directory.list()
     directory.adopt(there)
+    if is_kept and not directory.journal.removing and rules.manifests[-1] not in there:
+        return
     if rules.manifests[-1] in there and not directory.journal.removing:
         directory.remove_journal()
         log.info("%s is complete: its writer was interrupted after the last file", place)

@@ -130,8 +130,13 @@ class OrderedFolder:
             self.ledger.written[full] = made
 
     def note_whole(self, full: str, line: str) -> None:
+        self.note_written({full: self.ledger.written[full]}, line)
+
+    def note_written(self, written: Mapping[str, Entry], line: str = "") -> None:
+        """Record files that are complete, whichever process wrote them, in the journal, too."""
         with self.advised(), self.ledger.lock:
-            self.directory.journal.whole[full] = self.ledger.written[full].etag, line
+            self.ledger.written.update(written)
+            self.directory.journal.whole.update({name: (entry.etag, line) for name, entry in written.items()})
             self.directory.write_journal()
 
     @contextlib.contextmanager

@@ -216,8 +216,8 @@ class Workspace(Protocol):
     def is_leftover(self, directory: Place) -> bool:
         """Whether an interrupted writer left this directory under its final name, for the next one to replace."""
 
-    def tidy(self, parent: Place, rules: Rules) -> None:
-        """Clean up after interrupted writers below a place."""
+    def tidy(self, parent: Place, rules: Rules, but: Collection[str] = ()) -> None:
+        """Clean up after interrupted writers below a place, except directories ``but`` that are gone on with."""
 
     def check_pointer(self, parent: Place, name: str) -> None:
         """Raise OutputExistsError if something other than a pointer has this name."""

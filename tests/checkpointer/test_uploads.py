@@ -16,9 +16,9 @@ import torch
 
 from ckpt_convert import Checkpointer, CkptConvertError
 from ckpt_convert.checkpointer.run import saved_steps
-from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.checkpointer.save import upload, uploaded_directory
-from ckpt_convert.errors import LockedError, UsageError
+from ckpt_convert.checkpointer.save import step_upload, upload, uploaded_directory
+from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.errors import LockedError, UnwritableError, UsageError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, as_place
 from tests.checkpointer.training import Trained, trainable
@@ -80,13 +80,13 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def held_uploads(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Uploads wait until the event is set."""
     gate = threading.Event()
-    true = upload.upload_step
+    true = step_upload.take_turns
 
-    def waits(saved: SavedStep, destination: Place) -> None:
+    def waits(*given: Any) -> None:
         gate.wait()
-        true(saved, destination)
+        true(*given)
 
-    monkeypatch.setattr(uploaded_directory, "upload_step", waits)
+    monkeypatch.setattr(uploaded_directory, "take_turns", waits)
     try:
         yield gate
     finally:
@@ -299,6 +299,81 @@ def test_a_temporary_directory_with_what_did_not_arrive_stays(
     assert steps(run) == ["step_1"]
 
 
+class Sending:
+    """Notes the files that are uploaded, in turns of a file each, and fails at those of the numbers ``fails``."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *fails: int) -> None:
+        self.names: list[str] = []
+        self._true, self.fails = step_upload._copy, fails
+        monkeypatch.setattr(step_upload, "_copy", self)
+        monkeypatch.setattr(step_upload, "TURN", 1)
+
+    def __call__(self, opened: Any, file: Any) -> None:
+        self.names.append(file.name)
+        if len(self.names) in self.fails:
+            raise UnwritableError(f"{file.name}: cannot be written")
+        self._true(opened, file)
+
+
+@pytest.mark.usefixtures("soon")
+def test_an_upload_that_has_failed_goes_on_where_it_was(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending = Sending(monkeypatch, 3, 5)
+    train(source, run, 2, local_dir=tmp_path / "staged")
+    assert len(sending.names) > 5
+    assert sending.names[2] == sending.names[3]
+    assert len(sending.names) == len({*sending.names}) + 2
+    assert steps(run) == ["step_2"]
+
+
+@pytest.mark.usefixtures("soon")
+@pytest.mark.parametrize("machine", ["the same", "another"])
+def test_an_upload_that_was_cut_off_goes_on_where_the_step_still_is(
+    machine: str, source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On another machine, what is half there is removed."""
+    options: dict[str, Any] = {"save_every": 1, "upload_deadline": 0.05}
+    sending, trained = Sending(monkeypatch, *range(4, 99)), Trained(source)
+    checkpointer = Checkpointer(source, run, local_dir=tmp_path / "the same", **options)
+    checkpointer.register(**trained.parts)
+    with pytest.raises(UnwritableError, match="has failed for"), checkpointer:
+        checkpointer.step()
+    arrived = {*sending.names[:3]}
+    assert steps(run) == []
+    assert {f"runs/mine/step_1/{name}" for name in arrived} <= store_of(run).files.keys()
+    store_of(run).delete(["runs/mine/.ckpt-convert-lock"])
+
+    sending.names, sending.fails = [], ()
+    trained = Trained(source)
+    with Checkpointer(source, run, local_dir=tmp_path / machine, **options) as checkpointer:
+        checkpointer.load_model(trained.model)
+        progress = checkpointer.resume(**trained.parts)
+        if progress is None:
+            assert not [name for name in store_of(run).files if "step_1" in name]
+            checkpointer.step()
+    assert steps(run) == ["step_1"]
+    assert arrived.isdisjoint(sending.names) if machine == "the same" else arrived <= {*sending.names}
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_step_is_not_uploaded_again_because_an_older_one_cannot_be_removed(
+    source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sending = Sending(monkeypatch)
+    true, number = RunDirectory.published, iter(range(99))
+
+    def fails(self: RunDirectory, destination: Place) -> None:
+        if next(number) < 3:
+            raise UnwritableError(f"{destination}: cannot be written")
+        true(self, destination)
+
+    monkeypatch.setattr(RunDirectory, "published", fails)
+    train(source, run, 4, local_dir=tmp_path / "staged", keep_last=1)
+    assert steps(run) == ["step_4"]
+    assert len(sending.names) == 2 * len({*sending.names})  # each file of two steps
+
+
 def test_a_run_whose_lock_was_taken_over_uploads_no_more(source: Path, run: Place, tmp_path: Path) -> None:
     trained = Trained(source)
     checkpointer = Checkpointer(source, run, local_dir=tmp_path / "staged", save_every=1, save_last=False)
@@ -404,7 +479,7 @@ def test_a_step_that_is_saved_again_while_it_is_uploaded_arrives_whole(
 ) -> None:
     """A file of each save in one step would have the sizes of either."""
     trained, local = Trained(source), tmp_path / "staged"
-    true, seen = upload._copy, threading.Event()
+    true, seen = step_upload._copy, threading.Event()
 
     def replaces(*given: Any) -> None:
         if not seen.is_set():
@@ -420,7 +495,7 @@ def test_a_step_that_is_saved_again_while_it_is_uploaded_arrives_whole(
             model.model.norm.scale.fill_(7)
         other.step()
     assert steps(tmp_path / "again") == ["step_0", "step_1"]  # the sequence numbers of the two step_1 differ
-    monkeypatch.setattr(upload, "_copy", replaces)
+    monkeypatch.setattr(step_upload, "_copy", replaces)
     checkpointer = Checkpointer(source, run, local_dir=local, save_every=1, save_last=False)
     checkpointer.register(**trained.parts)
     checkpointer.step()

@@ -12,7 +12,7 @@ OK, FAILED = b"+", b"-"
 
 
 def failure(kind: str, who: str, text: str) -> bytes:
-    """An error of this kind, by its name in ``errors``, of some ranks."""
+    """An error of this kind, by its name in ``errors``, of some ranks; "" for one that names its rank itself."""
     return FAILED + json.dumps([kind, who, text]).encode()
 
 
@@ -25,10 +25,12 @@ def joined(failed: Sequence[bytes], count: int) -> bytes:
         _, who, text = json.loads(one[1:])
         ranks.setdefault(text, []).append(who)
     kind = json.loads(failed[0][1:])[0]
-    texts = [
-        (f"all {count} ranks" if len(of) == count else first_few(of, 4, " and others"), text)
-        for text, of in ranks.items()
-    ]
+    texts = [(_together(of, count), text) for text, of in ranks.items()]
     if len(texts) == 1:
         return failure(kind, *texts[0])
-    return failure(kind, "", indented_list([f"{who}: {text}" for who, text in texts]).lstrip())
+    return failure(kind, "", indented_list([f"{who}: {text}" if who else text for who, text in texts]).lstrip())
+
+
+def _together(ranks: Sequence[str], count: int) -> str:
+    named = [one for one in ranks if one]
+    return f"all {count} ranks" if len(named) == count else first_few(named, 4, " and others")

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
@@ -105,24 +105,32 @@ class Ranks:
 
         ``what`` is it in words, for messages. What only other ranks warn of is logged by the first one at the end.
         """
+        kept: list[Line] = []
+        with self.at_work():
+            self._calls.append(what)
+            try:
+                with speaking(self.rank, kept):
+                    result = act()
+            except Exception as error:
+                if not self._is_known(error):
+                    failed = error
+                    self.round("", lambda: _raise(failed), _nothing)
+                raise
+            else:
+                self.round("", lambda: packed(kept) if kept else b"", lambda heard: _speak_for(kept, heard))
+            finally:
+                self._calls.pop()
+        return result
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Let the others wait for this rank in the block, however long it takes until it comes to its next turn."""
         inside = self.line.heart.inside
         inside[self.name] = inside.get(self.name, 0) + 1
-        self._calls.append(what)
-        kept: list[Line] = []
         try:
-            with speaking(self.rank, kept):
-                result = act()
-        except Exception as error:
-            if not self._is_known(error):
-                failed = error
-                self.round("", lambda: _raise(failed), _nothing)
-            raise
-        else:
-            self.round("", lambda: packed(kept) if kept else b"", lambda heard: _speak_for(kept, heard))
+            yield
         finally:
             inside[self.name] -= 1
-            self._calls.pop()
-        return result
 
     def call_around(self, what: str) -> str:
         """The call of all ranks in which something is done, where it is in one: the same in all of its turns."""
@@ -202,7 +210,8 @@ class Ranks:
             return self._failure(error), error
 
     def _failure(self, error: Exception) -> bytes:
-        return failure(type(error).__name__, f"rank {self.rank} on {socket.gethostname()}", error_text(error))
+        who = "" if self._is_known(error) else f"rank {self.rank} on {socket.gethostname()}"
+        return failure(type(error).__name__, who, error_text(error))
 
     def _others(self, turn: int, what: str) -> tuple[list[bytes], list[bytes]]:
         """What the other ranks say in this turn, in their order; and that some say nothing, as a failure."""

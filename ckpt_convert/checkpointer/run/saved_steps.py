@@ -10,7 +10,7 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -221,9 +221,12 @@ def _saved(directory: Place, manifest: Mapping[str, Any], training: Mapping[str,
     )
 
 
-def clean_up(output_dir: Place) -> None:
-    """Remove what interrupted writers left, and training states whose removal was interrupted."""
-    workspace.workspace_of(output_dir).tidy(output_dir, RULES)
+def clean_up(output_dir: Place, but: Collection[str] = ()) -> None:
+    """Remove what interrupted writers left, and training states whose removal was interrupted.
+
+    Steps of the names ``but`` that are half-written are left, for a writer that goes on with them.
+    """
+    workspace.workspace_of(output_dir).tidy(output_dir, RULES, but)
     for directory in list_directories(output_dir):
         finish_state_removal(directory)
 

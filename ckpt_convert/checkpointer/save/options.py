@@ -230,6 +230,11 @@ class Options:
             merged=given.weights.merged,
         )
         ranks = _ranks(given.process_group, place)
+        if ranks is not None and place is not None and not place.is_local and given.upload.mode == "direct":
+            raise UsageError(
+                f'upload="direct": one process writes a step, and here {ranks.count} ranks save together; leave it '
+                "out, and give local_dir=, a directory that all of them see"
+            )
         return cls(
             output_dir=place,
             schedule=schedule,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from ckpt_convert.checkpoint.identify import Identified
@@ -74,6 +74,8 @@ class RunDirectory:
         self._sequence = 0
         self.stand_in: Place | None = None
         """The step that replaces a lost source; it is kept as long as the run continues."""
+        self.unfinished: Collection[str] = ()
+        """Names of steps that are gone on with where they are half-written."""
         self._superseded: tuple[SavedStep, ...] = ()
         self._unwritten: dict[Place, tuple[Mapping[str, float], int]] = {}
 
@@ -134,7 +136,7 @@ class RunDirectory:
         self._claim = Claim(self.path, self._workspace.identity(self.path))
         held = f"{self.path}: another checkpointer is writing here; close() it, or choose another output_dir"
         self._lock = self._workspace.lock(self.path / LOCK, held)
-        saved_steps.clean_up(self.path)
+        saved_steps.clean_up(self.path, self.unfinished)
         for name in (self._template.latest_name, self._template.best_name):
             if name is not None:
                 self._workspace.check_pointer(self.path, name)
@@ -174,7 +176,7 @@ class RunDirectory:
         """The complete checkpoints, oldest first."""
         return saved_steps.scan_places(self.places)
 
-    def settle(self) -> None:
+    def settle(self, *, alone: bool = False) -> None:
         """Wait until what was saved is where it belongs: it is, once it is written."""
 
     def raise_failures(self) -> None:

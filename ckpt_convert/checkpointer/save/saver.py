@@ -130,11 +130,14 @@ class Saver:
         self.background.check()
         self.directory.raise_failures()
 
-    def wait(self) -> None:
-        """Wait until what was saved is complete where it belongs; raises what has failed."""
+    def wait(self, *, alone: bool = False) -> None:
+        """Wait until what was saved is complete where it belongs; raises what has failed.
+
+        ``alone``: other ranks may not wait as well.
+        """
         self.background.wait()
         if self._run is not None:
-            self._run.settle()
+            self._run.settle(alone=alone)
 
     def save_or_hold(self) -> None:
         """Save a step that is due: now, or if saves are held, at ``save_held``."""

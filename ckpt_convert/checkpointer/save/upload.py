@@ -1,29 +1,21 @@
-"""Uploading the complete steps of a run behind the training: one at a time, in order, until each has arrived."""
+"""The thread that uploads the steps of a run behind the training: one at a time, in order, until each has arrived."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal, get_args
 
-from ckpt_convert.checkpoint.record import MANIFEST, listed_files
-from ckpt_convert.checkpointer.run import saved_steps
-from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.convert import ownership
+from ckpt_convert.checkpointer.distributed.ranks import Ranks, rank_of
+from ckpt_convert.checkpointer.distributed.speaking import speaking
 from ckpt_convert.errors import NotEnoughSpaceError, UnreadableError, UnwritableError
-from ckpt_convert.storage import workspace
-from ckpt_convert.storage.base import OpenFile, read_blocks, source_changed
-from ckpt_convert.storage.names import partial_path
-from ckpt_convert.storage.place import Place
-from ckpt_convert.storage.system import Advice
 from ckpt_convert.tensors.pool import start_thread
-from ckpt_convert.wording import human_bytes
 
 log = logging.getLogger("ckpt_convert")
 
@@ -33,16 +25,11 @@ Mode = Literal["behind", "direct"]
 WAITING = 2
 """Steps that may be on their way: one that is uploaded, and a complete one that waits for it."""
 
-_SMALL = 1 << 30
-"""Size limit, in bytes, of a file that is held in memory until the weights are there: config, index, manifest."""
-
 _PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 """Seconds between two attempts: the first time, doubled each time, and at most."""
 
 _PASSES = (UnwritableError, UnreadableError, NotEnoughSpaceError)
 """Errors of a store or a network that may pass."""
-
-_ADVICE = Advice("the step is complete on the local disk", "the step is complete on the local disk")
 
 
 @dataclass(frozen=True)
@@ -74,76 +61,17 @@ class UploadOptions:
             yield f"when_behind={self.when_behind!r}: expected one of {', '.join(get_args(WhenBehind))}"
 
 
-def upload_step(saved: SavedStep, destination: Place) -> None:
-    """Copy a complete step into a store, where it appears complete: weights first, its manifest last.
-
-    Objects that an interrupted upload of the same step has finished are kept. Raises SourceChangedError where the step
-    is removed or saved again meanwhile, and what the store does; what is there then is no complete step, and a later
-    call goes on.
-    """
-    started = time.monotonic()
-    files = _files(saved.place)
-    entries = {name: place.identity() for name, place in files.items() if name != MANIFEST}
-    identity = json.dumps([saved.sequence, sorted((name, entry.size) for name, entry in entries.items())])
-    rules, store = ownership.STEP_RULES, workspace.workspace_of(destination)
-    with store.stage(destination, rules, overwrite=True, resume=True, advice=_ADVICE, alone=True) as stage:
-        first, *whole = stage.journal() or [""]
-        kept = {*whole} & entries.keys() if first == identity else set()
-        journal = stage.begin(identity, kept)
-        stage.expect(files)
-        for name, entry in entries.items():
-            if stage.folder.comes_last(name):
-                stage.folder.write(name, files[name].read(_SMALL, expected=entry))
-            elif name not in kept:
-                _copy(files[name].open(expected=entry), stage.folder, name)
-                journal.note_file(name, name)
-        stage.folder.write(MANIFEST, _manifest(saved))
-        stage.commit()
-    nbytes = sum(entry.size for entry in entries.values())
-    log.info("uploaded %s (%s in %.1f s)", destination, human_bytes(nbytes), time.monotonic() - started)
-
-
-def _files(step: Place) -> dict[str, Place]:
-    """The files of a step that its manifest lists, and the manifest; not one that is being replaced."""
-    being_written = partial_path(PurePosixPath(MANIFEST)).name
-    names = (name for name in listed_files(step) if PurePosixPath(name).name != being_written)
-    return {name: (step / name).without_listing() for name in sorted(names)}
-
-
-def _manifest(saved: SavedStep) -> bytes:
-    """The manifest with the metrics that it has by now; raises SourceChangedError for that of a later save."""
-    place = (saved.place / MANIFEST).without_listing()
-    data = place.read(_SMALL)
-    if json.loads(data)["training"]["sequence"] != saved.sequence:
-        raise source_changed(saved.place, "it was saved again")
-    return data
-
-
-def _copy(source: OpenFile, folder: workspace.Folder, name: str) -> None:
-    with source, folder.file(name, source.size) as file:
-        offset = 0
-        for block in read_blocks(source):
-            file.write(offset, block)
-            offset += len(block)
-        file.sync()
-
-
-def has_arrived(saved: SavedStep, destination: Place) -> bool:
-    """Whether every file of a step is in the store, with its size, and the step is complete there."""
-    there = {place.relative_name(destination): entry.size for place, entry in destination.listed().entries().items()}
-    here = {name: place.identity().size for name, place in _files(saved.place).items()}
-    return (here | {MANIFEST: 0}) == (there | {MANIFEST: 0}) and saved_steps.read_step(destination) is not None
-
-
 class Uploader:
     """A thread that does what it is given in order, and again where a store or a network fails, until it succeeds.
 
     What has failed for longer than the deadline is raised by ``check`` and ``wait``, and tried again afterwards. After
-    an error that does not pass, such as a lost lock, nothing more is done.
+    an error that does not pass, such as a lost lock, nothing more is done. Each of several ranks has such a thread; it
+    fails where another one does, and the first one speaks.
     """
 
-    def __init__(self, deadline: float) -> None:
+    def __init__(self, deadline: float, ranks: Ranks | None) -> None:
         self._deadline = deadline
+        self._ranks = ranks
         self._work: deque[tuple[bool, str, Callable[[], None]]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -199,6 +127,10 @@ class Uploader:
             thread.join()
 
     def _run(self) -> None:
+        with speaking(rank_of(self._ranks)), contextlib.nullcontext() if self._ranks is None else self._ranks.at_work():
+            self._work_off()
+
+    def _work_off(self) -> None:
         pause = _PAUSE
         while True:
             with self._changed:
