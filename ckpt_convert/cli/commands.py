@@ -45,12 +45,10 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in SUMMARIES:
             return None
-        if name == "convert" or name in CONVERSIONS:
-            from ckpt_convert.cli.convert import COMMANDS
-
-            return COMMANDS[name]
-        function = name.replace("-", "_")
-        command = getattr(importlib.import_module(f"ckpt_convert.cli.{function}"), function)
+        is_conversion = name == "convert" or name in CONVERSIONS
+        module = "convert" if is_conversion else name.replace("-", "_")
+        found = importlib.import_module(f"ckpt_convert.cli.{module}")
+        command = found.COMMANDS[name] if is_conversion else getattr(found, module)
         return command if isinstance(command, click.Command) else None
 
     def resolve_command(
