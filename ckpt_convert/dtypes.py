@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import Literal
 
 from ckpt_convert.errors import CorruptFileError
+from ckpt_convert.values import frozen
 
 DTypeKind = Literal["float", "exponent", "complex", "int"]
 OutputDType = Literal["float32", "float16", "bfloat16"]
 DequantizedDType = Literal["bfloat16", "float32"]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class DType:
     """One element type.
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
 from ckpt_convert.errors import CkptConvertError, KeyMismatchError, ShapeMismatchError, UnreadableError
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import indented_list
 
 Severity = Literal["error", "warning", "note"]
@@ -19,7 +20,7 @@ _TITLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Finding:
     """One thing that is wrong, or worth knowing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from ckpt_convert import formats
@@ -15,10 +15,11 @@ from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES
 from ckpt_convert.models.core.config import ConfigOptions
 from ckpt_convert.storage.place import Location, Place
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import did_you_mean
 
 
-@dataclass(frozen=True)
+@frozen()
 class Hints:
     """What a user states about a checkpoint, which overrides detection.
 
@@ -45,7 +46,7 @@ def unknown_family(name: str) -> str:
     return f"is no family; known: {', '.join(FAMILIES)}{did_you_mean(name, FAMILIES)}"
 
 
-@dataclass(frozen=True)
+@frozen()
 class ConfigFile:
     """A config file and its content: ``loaded`` is None if there is no such file, ``problem`` why it cannot be read."""
 

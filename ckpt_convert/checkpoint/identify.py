@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, concat
+from ckpt_convert.values import frozen
 
 if TYPE_CHECKING:
     from ckpt_convert.checkpoint.quantized.detect import Quantization
@@ -45,14 +46,14 @@ _ADVICE = {
 """The way out for files of no known format, by kind."""
 
 
-@dataclass(frozen=True)
+@frozen()
 class Verbatim:
     """Tensors are taken as they are stored, whatever the model; ``format`` is the one that was detected, if any."""
 
     format: str | None
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Identified:
     """Opened files, and what headers, config and record say about them.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from ckpt_convert import formats
@@ -18,10 +17,11 @@ from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import from_source
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import indented_list
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Keys:
     """Opened files, and the format's names of their keys; lazy tensors refer to ``OpenedFiles.stored`` by position."""
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 
 from ckpt_convert.formats import ALL
 from ckpt_convert.models.core.table import Family
+from ckpt_convert.values import frozen
 
 HOLDER = "module"
 """The prefix of DistributedDataParallel, and of other classes that wrap a whole model."""
@@ -53,7 +54,7 @@ _DIGITS = dict.fromkeys(map(ord, "0123456789"))
 _NUMBER = re.compile(r"(?<![^.\n])(?:0|[1-9][0-9]*)(?![^.\n])")
 
 
-@dataclass(frozen=True)
+@frozen()
 class KeyNames:
     """The names of stored keys in their format.
 
@@ -89,7 +90,7 @@ class KeyNames:
 PLAIN = KeyNames()
 
 
-@dataclass(frozen=True)
+@frozen()
 class _Reading:
     """How a key is read: wrappers and the first ``parts`` parts are removed, and ``prefix`` is put before the rest.
 
@@ -105,7 +106,7 @@ class _Reading:
         return name if self.renamed is None else name.replace(*self.renamed)
 
 
-@dataclass(frozen=True)
+@frozen()
 class _Readings:
     """The readings of each pattern (a key with 0 for every number) in a table."""
 

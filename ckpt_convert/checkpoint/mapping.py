@@ -6,12 +6,13 @@ No bytes are read here: tensors are lazy (``tensors.lazy``), so the same code se
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.models.core.table import Family, Instance, StoredTensorSpec
 from ckpt_convert.tensors.lazy import LazyTensor, concat
+from ckpt_convert.values import frozen
 
 _LISTED = 20
 
@@ -29,7 +30,7 @@ class SourceTensor(NamedTuple):
         return self.tensor.shape
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class LogicalTensor:
     """A row of the table at an index, in the logical layout; ``key`` and ``location`` are those of its first part.
 
@@ -43,7 +44,7 @@ class LogicalTensor:
     original: LazyTensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Equality:
     """Two tensors that must hold the same bytes, with the error message if they differ, and the key for it."""
 
@@ -54,7 +55,7 @@ class Equality:
     key: str = ""
 
 
-@dataclass(frozen=True)
+@frozen()
 class LogicalTensors:
     """A checkpoint read through its column.
 

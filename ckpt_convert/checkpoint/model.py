@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from ckpt_convert.checkpoint import diagnosis, legacy_keys
@@ -21,12 +21,13 @@ from ckpt_convert.models.core.config import AXES, ConfigOptions, type_of
 from ckpt_convert.models.core.params import Weights
 from ckpt_convert.models.core.rows import recorded_embedding_axis
 from ckpt_convert.models.core.table import Dims
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import option_text
 
 Ranks = Sequence[Mapping[str, SourceTensor]]
 
 
-@dataclass(frozen=True)
+@frozen()
 class Model:
     """The model of some weights: family, evidence for it, config with Hugging Face's keys, and its dimensions.
 
@@ -51,7 +52,7 @@ class Model:
         return self.family.params.release(self.config) if self.family.params else None
 
 
-@dataclass(frozen=True)
+@frozen()
 class Recorded:
     """What the record of an earlier conversion states about a checkpoint."""
 

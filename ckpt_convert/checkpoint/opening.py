@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property, partial
 from operator import attrgetter
 from pathlib import PurePosixPath
@@ -38,6 +38,7 @@ from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
 from ckpt_convert.tensors.pool import map_threaded
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import first_few, option_text
 
 T = TypeVar("T")
@@ -53,7 +54,7 @@ RECORDED = f"{record.MANIFEST} says so"
 WRITTEN_BY_DCP = "written by torch.distributed.checkpoint"
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class OpenedFiles:
     """The weight files at a path, open, with their parsed headers and the format that was detected; no tensor is read.
 

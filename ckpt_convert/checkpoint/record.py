@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
@@ -32,6 +31,7 @@ from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
+from ckpt_convert.values import frozen
 
 SCHEMA = 2
 """The schema of manifests. Schema 1 has no checksum of itself nor of headers, and XXH3 of pieces at any offset."""
@@ -57,7 +57,7 @@ MERGED = "merged"
 """The folder of the full weights beside an adapter, with a manifest of its own."""
 
 
-@dataclass(frozen=True)
+@frozen()
 class LayoutFile:
     """One weight file of a layout; ``literals`` is None when the file cannot be rebuilt byte for byte."""
 
@@ -71,7 +71,7 @@ class LayoutFile:
         return None if self.literals is None else FileLayout(self.header, self.literals)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Layout:
     """The layout of a checkpoint: which key is in which file, in which order, under which header."""
 
@@ -89,7 +89,7 @@ class Layout:
         return {(file.rank, tensor.key) for file in self.files for tensor in file.header.tensors}
 
 
-@dataclass(frozen=True)
+@frozen()
 class Record:
     """The ``ckpt_convert/`` folder of a checkpoint."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from math import isfinite, prod
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from ckpt_convert.checkpoint.conventions import SIZES, size_of, text_config
 from ckpt_convert.cli.text import plural
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.formats import peft
+from ckpt_convert.values import frozen
 
 if TYPE_CHECKING:
     from ckpt_convert.analysis.stats.stats import TensorStats
@@ -30,7 +31,7 @@ Statistics = Mapping[str, "TensorStats"]
 """Statistics by key."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Count:
     """Tensors, elements and bytes; ``parameters`` is None where the full shapes are not known."""
 
@@ -44,7 +45,7 @@ class Count:
         return Count(self.tensors + tensors, total, self.bytes + nbytes)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Facts:
     """What is known of a checkpoint from its headers and its config.
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckpt_convert.cli.commands import FORMAT_TITLES
 from ckpt_convert.errors import UsageError
+from ckpt_convert.values import frozen
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Option:
     """An option: its names, and its settings for click; a decorator of commands."""
 
@@ -51,7 +51,7 @@ def complete_family(context: click.Context, parameter: click.Parameter, incomple
     return [CompletionItem(name) for name in FAMILIES if name.startswith(incomplete)]
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Argument:
     """An argument that is a checkpoint: a path or a Hub id; a decorator of commands, whose function gets the text."""
 

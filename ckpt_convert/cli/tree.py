@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import chain, pairwise, product, zip_longest
 from math import prod
 from typing import NamedTuple
 
 from ckpt_convert.cli.text import plural
+from ckpt_convert.values import frozen
 
 _MOST_RUNS = 24
 """The most runs of indices that a pattern shows; ``--full`` shows the rest."""
@@ -47,7 +48,7 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Row:
     """One line: ``count`` tensors of this shape and dtype, ``nbytes`` bytes together.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from ckpt_convert.cli.flags import in_flags
 from ckpt_convert.cli.stated import stated
 from ckpt_convert.cli.text import Labelled, bar, escape, human_count, labelled, number, percent, plural
 from ckpt_convert.formats.names import RECORD_FOLDER
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _KINDS = {"torch": "torch zip", "legacy": "legacy torch"}
 _BAR = 20
 
 
-@dataclass(frozen=True)
+@frozen()
 class Order:
     """What rows are sorted by."""
 
@@ -35,7 +35,7 @@ class Order:
     descending: bool
 
 
-@dataclass(frozen=True)
+@frozen()
 class View:
     """What of a checkpoint to show: ``filters`` are globs over keys, ``width`` is that of the terminal, if any.
 

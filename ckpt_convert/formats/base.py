@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Literal, TypeGuard
 
@@ -13,6 +12,7 @@ from ckpt_convert.errors import ConfigError
 from ckpt_convert.formats.names import is_plain_weights
 from ckpt_convert.storage.base import Entry
 from ckpt_convert.storage.place import Place
+from ckpt_convert.values import frozen
 
 FormatName = Literal["hf", "meta", "native", "torchtitan"]
 ContainerName = Literal["safetensors", "bin", "pth", "pt", "dcp"]
@@ -25,7 +25,7 @@ _MOST_DIGITS = 100
 """Longest integer in JSON, in digits; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class WeightName:
     """A weight file of a checkpoint and its tensor-parallel rank (0 if files are not ranks)."""
 
@@ -33,7 +33,7 @@ class WeightName:
     rank: int = 0
 
 
-@dataclass(frozen=True)
+@frozen()
 class WeightDirectory:
     """The weight files of a directory, the name of their index, and its ``weight_map``.
 
@@ -47,7 +47,7 @@ class WeightDirectory:
     kind: str | None = None
 
 
-@dataclass(frozen=True)
+@frozen()
 class Format:
     """The directory layout of one format.
 

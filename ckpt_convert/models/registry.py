@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.models.core.table_check import check_table
 from ckpt_convert.models.entry_points import plugins
+from ckpt_convert.values import frozen
 
 log = logging.getLogger("ckpt_convert")
 
 
-@dataclass(frozen=True)
+@frozen()
 class Listed:
     """A built-in family before its table is imported: its name, its module, and which configs may be of it.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ckpt_convert.errors import CheckpointNotFoundError, option_error
 from ckpt_convert.storage.names import check_name, is_safe_name, is_web_url
 from ckpt_convert.storage.place import Place, as_place
+from ckpt_convert.values import frozen
 
 PREFIX = "hf://"
 _REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -26,7 +26,7 @@ _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _BLOB = re.compile(rf"(?:\.\./)+blobs/({_HASH.pattern})")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class HubId:
     """A repository of the Hub: its name, the revision (None: the main branch), and a folder or file in it."""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from pathlib import PurePosixPath
 
 from ckpt_convert.errors import UnreadableError
 from ckpt_convert.storage.base import Entry, FileKind
+from ckpt_convert.values import frozen
 
 ROOT = "."
 """The name of a store's root folder, as ``PurePosixPath`` spells it."""
@@ -19,7 +20,7 @@ def name_prefix(folder: str) -> str:
     return "" if folder == ROOT else f"{folder.rstrip('/')}/"
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Listing:
     """Every file of the name ``prefix`` or below it with its entry; answers the queries of ``NameLookup``.
 
@@ -76,7 +77,7 @@ class Listing:
         return tree
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class FolderListing:
     """The direct children of the folder ``prefix``: kinds by last part, and entries of its files by name.
 

@@ -7,7 +7,6 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, UnsafeFileError
@@ -15,12 +14,13 @@ from ckpt_convert.storage import names as paths
 from ckpt_convert.storage.base import Entry, FileKind, require_regular_file, source_changed
 from ckpt_convert.storage.reader import FileIdentity, LocalFile, reading, unreadable_error
 from ckpt_convert.storage.system import sync_directory, take_place, writing
+from ckpt_convert.values import frozen
 
 _NOTHING = {errno.ENOENT, errno.ENOTDIR, errno.EBADF, errno.ELOOP, errno.ENAMETOOLONG}
 """Errors for a path that refers to nothing, or cannot exist."""
 
 
-@dataclass(frozen=True)
+@frozen()
 class LocalStore:
     """The files of this machine; a name is a path, absolute or relative to the working directory."""
 

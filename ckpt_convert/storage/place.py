@@ -9,7 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -28,12 +28,13 @@ from ckpt_convert.storage.listing import FolderListing, Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, is_web_url, local_path
 from ckpt_convert.storage.remote.urls import address_of
+from ckpt_convert.values import frozen
 
 _KEPT = 1 << 25
 """Bytes of the largest file that a listing keeps, such as the manifest of a model with 100,000 tensors."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Place:
     """A name in a store: a file, a folder, or nothing. A value: comparable, hashable and picklable.
 

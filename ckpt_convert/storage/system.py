@@ -8,11 +8,11 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ckpt_convert.errors import CkptConvertError, NotEnoughSpaceError, UnwritableError
 from ckpt_convert.storage.names import partial_path
+from ckpt_convert.values import frozen
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Errors when the disk, the quota or the file size limit is exhausted."""
@@ -25,7 +25,7 @@ _RENAME_EXCHANGE = 2
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
-@dataclass(frozen=True)
+@frozen()
 class Advice:
     """What to do about an error of writing: ``full`` if there is no space left, ``failed`` for any other."""
 

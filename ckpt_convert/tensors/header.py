@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import NamedTuple
 
 from ckpt_convert import dtypes
 from ckpt_convert.storage.base import RangeReader
 from ckpt_convert.storage.place import Place
+from ckpt_convert.values import frozen
 
 IN_MEMORY = "memory"
 """``Header.kind`` of tensors in memory, which are no file."""
@@ -55,7 +56,7 @@ class StoredTensor(NamedTuple):  # a NamedTuple is the fastest to construct, and
         return dtypes.nbytes(self.dtype, self.shape) if self.packed is None else self.packed
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class ChecksummedRange:
     """A range of tensor bytes whose CRC-32 the container stores: the value ``crc``, at each of ``crc_offsets``."""
 
@@ -65,7 +66,7 @@ class ChecksummedRange:
     crc_offsets: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@frozen()
 class Header:
     """The header of one container file.
 
@@ -88,7 +89,7 @@ class Header:
     foreign: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class WeightFile:
     """An open weight file: its name in the checkpoint, its rank, and its header."""
 
@@ -106,7 +107,7 @@ class FileTensor(NamedTuple):
     tensor: StoredTensor
 
 
-@dataclass(frozen=True)
+@frozen()
 class FileLayout:
     """A container file ready to be filled: its header, and every byte of it that belongs to no tensor.
 

@@ -8,7 +8,6 @@ a plain copy again. Sizes, offsets and strides are in elements throughout.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple, TypeVar
@@ -24,6 +23,7 @@ from ckpt_convert.tensors.axes import (
     split_rows,
     splits_evenly,
 )
+from ckpt_convert.values import frozen
 
 T = TypeVar("T")
 
@@ -50,7 +50,7 @@ class Tile(NamedTuple):
         return tuple(axis_size(axis) for axis in self.axes)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Copy:
     """Elements to move: ``dims`` are (count, source stride, target stride), outermost first in the target."""
 

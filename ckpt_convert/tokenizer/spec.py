@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
+
+from ckpt_convert.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen()
 class TiktokenSpec:
     """A tokenizer whose tokenizer.model holds tiktoken ranks and nothing else.
 

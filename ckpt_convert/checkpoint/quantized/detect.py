@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +13,7 @@ from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.schemes import Block, Rule, Shape
 from ckpt_convert.tensors.header import FileTensor
+from ckpt_convert.values import frozen
 
 CHECK = "quantised"
 """The check id of all findings here."""
@@ -25,7 +26,7 @@ _LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
 """The dtypes that codes may have."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Quantized:
     """One quantized tensor: ``key`` is that of the dequantized tensor, ``others`` its parts beside codes and scale.
 
@@ -56,7 +57,7 @@ class Quantized:
         return f"{self.rule.name} in blocks of {rows} × {columns}"
 
 
-@dataclass(frozen=True)
+@frozen()
 class Quantization:
     """Which tensors of a checkpoint are quantized, and how.
 

@@ -10,9 +10,10 @@ compressed-tensors' compressors, AutoGPTQ's and AutoAWQ's linear layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+from ckpt_convert.values import frozen
 
 Shape = tuple[int, ...]
 Block = tuple[int, int]
@@ -21,7 +22,7 @@ Block = tuple[int, int]
 WEIGHT = ".weight"
 
 
-@dataclass(frozen=True)
+@frozen()
 class Rule:
     """A scheme: ``codes`` is the template of the codes, whose dtype is one of ``dtypes`` (empty for any).
 

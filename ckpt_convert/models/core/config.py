@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError, UsageError
+from ckpt_convert.values import frozen
 from ckpt_convert.wording import short_repr
 
 CONFIG = "config.json"
@@ -22,7 +22,7 @@ MAX_SIZE = 2**31
 """The largest size that a config may have: sizes from files are checked before anything is computed from them."""
 
 
-@dataclass(frozen=True)
+@frozen()
 class Translated:
     """A generated config and notices: facts that no file of the source holds, or that the target cannot hold."""
 
@@ -37,7 +37,7 @@ AXES: Mapping[MetaStyle, int] = {"llama2": 1, "llama3": 0}
 """The axis on which the ranks of each style split the embedding."""
 
 
-@dataclass(frozen=True)
+@frozen()
 class ConfigOptions:
     """What a caller may set in a generated config; None leaves the decision to the documented rule.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import AXES, PARAMS, ConfigOptions, MetaStyle, Translated
+from ckpt_convert.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen()
 class Weights:
     """What a params.json leaves open and the stored tensors show.
 
@@ -24,7 +25,7 @@ class Weights:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Styles:
     """How to tell two generations of Meta's code apart, which split the embedding on different axes.
 
@@ -58,7 +59,7 @@ def _unchanged(params: dict[str, Any], dims: Mapping[str, int], ranks: int) -> T
     return Translated(params)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Params:
     """What the meta format of a family needs besides the table: its params.json, its file names, its ranks.
 

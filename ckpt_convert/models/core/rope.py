@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 from ckpt_convert.errors import ConfigError, UsageError
@@ -18,6 +18,7 @@ from ckpt_convert.models.core.config import (
     require_number,
 )
 from ckpt_convert.tensors.lazy import LazyTensor, concat
+from ckpt_convert.values import frozen
 
 RopeOrder = Literal["half", "interleaved"]
 """The RoPE layout of a head's rows: pairs (i, i + head_dim/2) rotate in ``half`` (half-split, GPT-NeoX style, Hugging
@@ -40,7 +41,7 @@ def reordered(tensor: LazyTensor, heads: int, rotary: int | None, *, inverse: bo
     return concat([first, by_head.narrow(1, rotary, head_dim - rotary)], 1).reshape(tensor.shape)
 
 
-@dataclass(frozen=True)
+@frozen()
 class Rope:
     """The rotary embedding that a config.json describes.
 

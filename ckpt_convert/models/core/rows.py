@@ -8,13 +8,13 @@ from __future__ import annotations
 import dataclasses
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
 from ckpt_convert.models.core.rope import RopeOrder, reordered
 from ckpt_convert.tensors.lazy import LazyTensor, concat, zeros
+from ckpt_convert.values import frozen
 
 FORMATS = ("hf", "meta", "native", "torchtitan")
 _FORMATS = frozenset(FORMATS)
@@ -71,7 +71,7 @@ class _Number(NamedTuple):
     set: str | None
 
 
-@dataclass(frozen=True)
+@frozen()
 class Key:
     """How one format stores a row.
 
@@ -229,7 +229,7 @@ class Key:
         return (*sizes[:-2], sizes[-1], sizes[-2]) if self.transposed else sizes
 
 
-@dataclass(frozen=True)
+@frozen()
 class Row:
     """One logical parameter, and how each format stores it (None: the format does not have it).
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from math import prod
 
 from ckpt_convert.models.core.rows import Key, Row, Sets
 from ckpt_convert.tensors.lazy import LazyTensor, concat, stack
+from ckpt_convert.values import frozen
 
 _NO_SETS: Sets = {}
 """Shared by all instances of tables without sets, of which a checkpoint may have 100,000."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Instance:
     """A row at given indices: ("attention.q", (("layer", 3),))."""
 
@@ -41,7 +42,7 @@ class Instance:
         return isinstance(other, Instance) and (self.row.name, self.index) == (other.row.name, other.index)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class StoredTensorSpec:
     """One key of a format and what it holds: ``rows`` has, for each fused row, the instances that are stacked."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import cached_property
 from itertools import groupby, product
 from typing import Any
@@ -22,6 +22,7 @@ from ckpt_convert.models.core.rows import EMBEDDING_AXIS, FORMATS, IN_MEMORY, Di
 from ckpt_convert.models.core.stored_specs import Instance, StoredTensorSpec, fused_position
 from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.tokenizer.spec import TiktokenSpec
+from ckpt_convert.values import frozen
 
 __all__ = [
     "FORMATS",
@@ -44,7 +45,7 @@ def _vocabulary(dims: Mapping[str, int]) -> int:
     return dims["vocab_size"]
 
 
-@dataclass(frozen=True)
+@frozen()
 class Family:
     """An architecture: its table, the dimensions that its config gives, and the translation of its config.
 

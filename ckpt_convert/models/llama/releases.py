@@ -10,15 +10,15 @@ max_positions and the RoPE factor are those of the config.json that was released
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ckpt_convert.models.core.config import ConfigOptions, MetaStyle, base_dims
 from ckpt_convert.models.core.rope import DEFAULT_THETA, read_rope
 from ckpt_convert.models.llama.widths import ffn_width
+from ckpt_convert.values import frozen
 
 
-@dataclass(frozen=True)
+@frozen()
 class Spelling:
     """How a generation writes params.json: the order of its keys, and the code that reads them.
 
@@ -45,7 +45,7 @@ L3_1 = Spelling("llama3", (
 # fmt: on
 
 
-@dataclass(frozen=True)
+@frozen()
 class Release:
     """A released model, or several with equal values.
 
