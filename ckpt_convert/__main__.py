@@ -20,7 +20,10 @@ def main() -> None:
         from ckpt_convert import cli
     except KeyboardInterrupt:
         os._exit(130)
-    cli.main()
+    try:
+        cli.main()
+    finally:
+        gc.freeze()  # the process ends here: what it has imported need not be searched for circles once more
 
 
 if __name__ == "__main__":

@@ -20,6 +20,12 @@ SIZES = {
 EMBEDDINGS = ("embed_tokens.weight", "tok_embeddings.weight", "wte.weight", "word_embeddings.weight")
 """Suffixes of the key of an input embedding."""
 
+QUANTIZATION_CONFIGS = ("quantization_config", "compression_config")
+"""The config.json settings that hold a quantization config."""
+
+CODE_DTYPES = frozenset(("F8_E4M3", "F8_E5M2", "I32", "I8", "U8"))
+"""The dtypes that the codes of quantized tensors have."""
+
 _TEXT = ("text_config", "llm_config", "language_config", "decoder")
 
 
@@ -45,3 +51,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
             if isinstance(inner, Mapping):
                 return inner
     return config
+
+
+def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The quantization config in config.json, {} where there is none."""
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for name in QUANTIZATION_CONFIGS:
+            found = part.get(name)
+            if isinstance(found, Mapping) and found:
+                return found
+    return {}

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import diagnosis, mapping, opening
+from ckpt_convert.checkpoint.conventions import CODE_DTYPES, quantization_config
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints, read_config
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
@@ -129,9 +130,12 @@ class Identified:
         """The quantization, detected from headers and config; None where nothing is quantized."""
         if self.dequantized is not None or self.verbatim is not None or self.format != "hf":
             return None
+        config = self.stated_config.content_or_empty
+        if not quantization_config(config) and all(stored.dtype not in CODE_DTYPES for _, stored in self.stored):
+            return None
         from ckpt_convert.checkpoint.quantized.detect import detect_quantization
 
-        return detect_quantization(self.opened, self.stated_config.content_or_empty)
+        return detect_quantization(self.opened, config)
 
     @cached_property
     def keys(self) -> Keys:
@@ -274,9 +278,12 @@ class Identified:
             return None
         if self.verbatim is not None:
             return None
+        config = self.stated_config.content_or_empty
+        if not quantization_config(config) and "quantization" not in config:
+            return None
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
 
-        scheme = unknown_scheme(self.stated_config.content_or_empty)
+        scheme = unknown_scheme(config)
         if scheme is None or self.contradictions:
             return None
         try:

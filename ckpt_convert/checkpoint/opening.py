@@ -14,7 +14,6 @@ from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
 from ckpt_convert.checkpoint.manifest_layout import described_files
 from ckpt_convert.checkpoint.record import Record
-from ckpt_convert.containers import gguf
 from ckpt_convert.containers.dcp import is_dcp_index
 from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError
@@ -36,14 +35,13 @@ from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closable, Entry
 from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
 from ckpt_convert.storage.place import Place
-from ckpt_convert.tensors.header import SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
-from ckpt_convert.tensors.pool import map_threaded
+from ckpt_convert.tensors.header import GGUF, SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
 from ckpt_convert.values import frozen
 from ckpt_convert.wording import first_few, option_text
 
 T = TypeVar("T")
 
-_INDEX = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
+_INDEX = r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])"
 """A layer or expert index in a key."""
 
 _CACHED = 32
@@ -176,7 +174,7 @@ def open_weights(
             directory = WeightDirectory(tuple(map(WeightName, names)))
             files, facts = open_files(path, directory)
     directory = _with_keys_of(files, directory)
-    if any(file.header.kind == gguf.KIND for file in files):
+    if any(file.header.kind == GGUF for file in files):
         name, why = None, "a GGUF file" if len(files) == 1 else "GGUF files"
     return OpenedFiles(path, name, why, directory, files, tuple(facts), identities)
 
@@ -285,7 +283,9 @@ def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFil
         if isinstance(file.reader, ObjectFile):
             file.reader.forget()
     facts = peft.adapter_facts(root) if directory.kind == peft.KIND else []
-    if len(files) == 1 and files[0].header.kind == gguf.KIND:
+    if len(files) == 1 and files[0].header.kind == GGUF:
+        from ckpt_convert.containers import gguf
+
         facts += gguf.facts(files[0].header)
     return files, facts
 
@@ -294,6 +294,8 @@ def open_each(path: Place, do: Callable[[WeightName], T], weights: Sequence[Weig
     """``do(weight)`` for every weight file, in order; of a remote store many at a time, since each is a request."""
     if not path.store.prefers_listing or len(weights) < 2:
         return [do(weight) for weight in weights]
+    from ckpt_convert.tensors.pool import map_threaded
+
     return map_threaded(do, weights, min(AT_ONCE, len(weights)))
 
 
@@ -308,7 +310,7 @@ def format_from_keys(files: tuple[WeightFile, ...], why: str, kind: str | None =
     others = {name for name, format in formats.ALL.items() if kind is not None and kind not in format.containers}
     # Layers differ only in their index, so one of each kind is enough; but where they differ in more (the blocks of an
     # autoencoder) all keys are tried. `others` have other containers: torchtitan's keys were once Meta's.
-    patterns = {_INDEX.sub("0", key) for key in names}
+    patterns = {re.sub(_INDEX, "0", key) for key in names}
     fits = (_fitting(FAMILIES.built_in, patterns) or _fitting(FAMILIES.built_in, names)) - others
     fits = fits or _fitting(FAMILIES.outside.values(), names) - others
     if len(fits) == 1:

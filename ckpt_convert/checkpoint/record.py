@@ -26,7 +26,6 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
-from ckpt_convert.storage import workspace
 from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_path
 from ckpt_convert.storage.place import Place
@@ -263,6 +262,8 @@ def replace_manifest(directory: Place, manifest: Mapping[str, Any]) -> None:
     """
     place = directory / MANIFEST
     etag = place.identity().etag if place.listing is not None else None
+    from ckpt_convert.storage import workspace  # reading a record does not need it
+
     workspace.workspace_of(place).replace_file(place, render_manifest(manifest), etag)
 
 

@@ -13,7 +13,7 @@ WARNING = "yellow"
 BAD = "red"
 GOOD = "green"
 
-_BRACES = re.compile(r"(\{[^{}]*\}|…)")
+_BRACES = r"(\{[^{}]*\}|…)"
 
 
 def label(text: str) -> str:
@@ -35,7 +35,7 @@ def bad(text: str) -> str:
 
 def key(text: str) -> str:
     """A key, with its collapsed indices and its ellipsis highlighted."""
-    return _BRACES.sub(lambda match: click.style(match[0], fg="cyan"), text) if "{" in text or "…" in text else text
+    return re.sub(_BRACES, lambda match: click.style(match[0], fg="cyan"), text) if "{" in text or "…" in text else text
 
 
 def dtype(name: str) -> str:

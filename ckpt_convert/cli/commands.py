@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import shlex
 from itertools import permutations
 
 import click
@@ -62,6 +61,8 @@ class Commands(click.Group):
     def _instead(self, name: str) -> str:
         """What was meant by a word that is no command."""
         if os.path.exists(name):
+            import shlex
+
             return f"; it is a path: ckpt-convert inspect {shlex.quote(name)}"
         return did_you_mean(name, SUMMARIES) or "."
 

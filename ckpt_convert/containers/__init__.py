@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ckpt_convert.containers import gguf, safetensors
+from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, RecordedFile, capture_layout, find_gaps
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import RangeReader, read_range
@@ -21,6 +21,7 @@ __all__ = [
     "parse_layout",
 ]
 
+_GGUF = b"GGUF"
 _KNOWN = (
     (b"version https://git-lfs", "it is a git-lfs pointer, not the file itself; run git lfs pull in its repository"),
     (b"<!doctype html", "it is a web page, so its download failed; download it again, logged in where it needs that"),
@@ -38,7 +39,9 @@ def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeRe
     # A safetensors file starts with a length, which may equal any magic number: look for the brace first.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER:
         return reader, safetensors.parse(reader)
-    if start.startswith(gguf.MAGIC):
+    if start.startswith(_GGUF):
+        from ckpt_convert.containers import gguf
+
         return reader, gguf.parse(reader)
     from ckpt_convert.containers.torch_zip import torchzip  # slow to import, and often not needed
 

@@ -13,10 +13,8 @@ from math import prod
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CorruptFileError, InputError
 from ckpt_convert.storage.base import RangeReader, read_range
-from ckpt_convert.tensors.header import Header, StoredTensor
+from ckpt_convert.tensors.header import GGUF, Header, StoredTensor
 
-KIND = "gguf"
-MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of the scalar types, by their id."""
@@ -96,7 +94,7 @@ def parse(reader: RangeReader) -> Header:
     """
     names, blocks = _types(reader)
     cursor = _Cursor(reader)
-    cursor.skip(len(MAGIC))
+    cursor.skip(4)  # its magic number, by which it was recognized
     version = cursor.number("<I")
     if version not in _VERSIONS:
         order = " (or its numbers are big-endian)" if version & 0xFFFF == 0 else ""
@@ -135,7 +133,7 @@ def parse(reader: RangeReader) -> Header:
             )
         packed = None if count == 1 and names[kind] in DTYPES else nbytes
         tensors[key] = StoredTensor(key, names[kind], dims[::-1], start + offset, packed=packed)
-    return Header(KIND, reader.size, tuple(tensors.values()), metadata)
+    return Header(GGUF, reader.size, tuple(tensors.values()), metadata)
 
 
 def facts(header: Header) -> list[tuple[str, str]]:

@@ -9,9 +9,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.checkpoint import record
+from ckpt_convert.checkpoint.conventions import QUANTIZATION_CONFIGS
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.model import Model, naming
-from ckpt_convert.checkpoint.quantized.detect import CONFIGS
 from ckpt_convert.convert import auxiliary_files
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
 from ckpt_convert.convert.request import Request
@@ -220,7 +220,7 @@ def _saying(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def _is_part(key: str, value: object) -> bool:
-    return key.endswith("_config") and key not in CONFIGS and isinstance(value, Mapping)
+    return key.endswith("_config") and key not in QUANTIZATION_CONFIGS and isinstance(value, Mapping)
 
 
 def _verbatim_config(source: Identified, model: Model) -> bytes | None:

@@ -13,8 +13,6 @@ from importlib import import_module
 from typing import Any
 
 from ckpt_convert.models.core.table import Family
-from ckpt_convert.models.core.table_check import check_table
-from ckpt_convert.models.entry_points import plugins
 from ckpt_convert.values import frozen
 
 log = logging.getLogger("ckpt_convert")
@@ -156,6 +154,8 @@ class Families(Mapping[str, Family]):
         return self.registered
 
     def _load(self) -> None:
+        from ckpt_convert.models.entry_points import plugins
+
         for plugin in plugins():
             problems = [plugin.problem] if plugin.problem is not None else []
             for family in plugin.families:
@@ -180,6 +180,8 @@ class Families(Mapping[str, Family]):
                 f"{family.name}: its model_types are those of the built-in family {taken[0]}, which would always be "
                 "taken; give model_types=() and choose the family by its name"
             )
+        from ckpt_convert.models.core.table_check import check_table
+
         check_table(family)
         self.registered[family.name] = family
 

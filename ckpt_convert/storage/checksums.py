@@ -7,22 +7,18 @@ format requires. Files with one sequential writer have XXH3.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
-import xxhash
-from fastcrc import crc32, crc64
-
 from ckpt_convert.storage.base import read_blocks
 from ckpt_convert.storage.place import Place
+from ckpt_convert.values import frozen
 
 _BLOCK = 1 << 20
 
 
-@dataclass(frozen=True, eq=False)
+@frozen(eq=False)
 class Crc:
     """A bit-reflected CRC whose register starts as all ones and is inverted at the end.
 
@@ -73,8 +69,21 @@ class Crc:
         return 1 << (self.bits - 1)
 
 
-CRC32 = Crc("crc32", 32, 0xEDB88320, lambda data, before: crc32.iso_hdlc(data, before))
-CRC64 = Crc("crc64_xz", 64, 0xC96C5795D7870F42, lambda data, before: crc64.xz(data, before))
+# The libraries are imported when a checksum is computed: the names of algorithms are needed where none is.
+def _crc32(data: Any, before: int) -> int:
+    from fastcrc import crc32
+
+    return crc32.iso_hdlc(data, before)
+
+
+def _crc64(data: Any, before: int) -> int:
+    from fastcrc import crc64
+
+    return crc64.xz(data, before)
+
+
+CRC32 = Crc("crc32", 32, 0xEDB88320, _crc32)
+CRC64 = Crc("crc64_xz", 64, 0xC96C5795D7870F42, _crc64)
 XXH3 = "xxh3_64"
 
 
@@ -104,7 +113,13 @@ def new(kind: str) -> Digest:
     """A new running checksum: "crc64_xz", "xxh3_64", or one of hashlib's; raises ValueError for any other."""
     if kind == CRC64.name:
         return _Running(CRC64)
-    return xxhash.xxh3_64() if kind == XXH3 else hashlib.new(kind, usedforsecurity=False)
+    if kind == XXH3:
+        import xxhash
+
+        return xxhash.xxh3_64()
+    import hashlib
+
+    return hashlib.new(kind, usedforsecurity=False)
 
 
 def digest(data: bytes | Iterable[bytes], kind: str = XXH3) -> str:

@@ -13,17 +13,15 @@ from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.values import frozen
 
 PREFIX = "hf://"
-_REPO = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_REPO = r"\w[\w.-]*/\w[\w.-]*"
 _REVISION = r"refs/(?:pr|convert|heads|tags)/[^/]+|[^/]+"
-_ID = re.compile(rf"(?P<repo>{_REPO.pattern})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.+?))?/?")
-_PAGE = re.compile(
-    rf"(?P<repo>{_REPO.pattern})(?:/(?:tree|blob|resolve|raw)/(?P<revision>{_REVISION})(?:/(?P<path>.+?))?)?/?"
-)
+_ID = rf"(?P<repo>{_REPO})(?:@(?P<revision>{_REVISION}))?(?:/(?P<path>.+?))?/?"
+_PAGE = rf"(?P<repo>{_REPO})(?:/(?:tree|blob|resolve|raw)/(?P<revision>{_REVISION})(?:/(?P<path>.+?))?)?/?"
 """The path of a page of the Hub: of a repository, or of a folder or file in it."""
 
 
-_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-_BLOB = re.compile(rf"(?:\.\./)+blobs/({_HASH.pattern})")
+_HASH = r"[0-9a-f]{40}|[0-9a-f]{64}"
+_BLOB = rf"(?:\.\./)+blobs/({_HASH})"
 
 
 @frozen(slots=True)
@@ -45,11 +43,11 @@ def parse_hub_id(source: str, revision: str | None = None) -> HubId | None:
     None if it names none. Raises UsageError for two revisions, UnsafeFileError for a path that leaves the repository.
     """
     if source.startswith(PREFIX):
-        match = _ID.fullmatch(unquote(source.removeprefix(PREFIX)))
+        match = re.fullmatch(_ID, unquote(source.removeprefix(PREFIX)))
     elif (page := _page(source)) is not None:
-        match = _PAGE.fullmatch(page)
+        match = re.fullmatch(_PAGE, page)
     else:
-        match = _ID.fullmatch(source) if source.count("/") == 1 else None
+        match = re.fullmatch(_ID, source) if source.count("/") == 1 else None
     if match is None:
         return None
     if match["revision"] and revision and match["revision"] != revision:
@@ -125,10 +123,10 @@ def content_hash(file: Place) -> str | None:
     Of a file in the Hub's cache, which is a link, it is the name of the link's target.
     """
     if file.is_local:
-        match = _BLOB.fullmatch(file.link() or "")
+        match = re.fullmatch(_BLOB, file.link() or "")
         return match[1] if match is not None else None
     stated = file.identity().etag if str(file).startswith(PREFIX) else ""
-    return stated if _HASH.fullmatch(stated) else None
+    return stated if re.fullmatch(_HASH, stated) else None
 
 
 def download_snapshot(named: HubId, label: str, unwanted: Callable[[Sequence[str]], Sequence[str]]) -> Place:

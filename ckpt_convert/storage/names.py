@@ -15,9 +15,7 @@ from ckpt_convert.errors import UnsafeFileError, UsageError
 MAX_NAME_BYTES = 255
 """The longest name that file systems accept, in bytes."""
 
-_DRIVE = re.compile(r"[A-Za-z]:")
-
-_ADDRESS = re.compile(
+_ADDRESS = (
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://"
     r"|(?P<known>s3a?|gs|gcs|az|abfss?|adl|wasbs?|r2|oss|hdfs|dbfs|hf|https?|s?ftp|file|memory):/"
 )
@@ -41,7 +39,7 @@ def check_name(name: str, named_by: str) -> str:
         or path.is_absolute()
         or ".." in path.parts
         or "\\" in name
-        or _DRIVE.match(name)
+        or (name[1:2] == ":" and name[0].isascii() and name[0].isalpha())  # a drive
     )
     if bad or any(ord(char) < 32 or ord(char) == 127 for char in name):
         raise UnsafeFileError(
@@ -77,7 +75,7 @@ def local_path(given: str | os.PathLike[str], what: str = "") -> Path:
     """
     text = os.fspath(given)
     label = f"{what} {text}" if what else text
-    if (match := _ADDRESS.match(text)) is not None:
+    if ":/" in text and (match := re.match(_ADDRESS, text)) is not None:
         scheme = (match["scheme"] or match["known"]).lower()
         if scheme == "file":
             way = "give the path alone"

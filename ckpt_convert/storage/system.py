@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import re
@@ -99,6 +98,8 @@ def take_place(fd: int, temporary: Path, path: Path) -> None:
 
 def exchange(first: Path, second: Path) -> bool:
     """Exchange the names of two directories atomically; False if that is not supported. Raises OSError if it failed."""
+    import ctypes
+
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):  # macOS, an old libc

@@ -14,6 +14,9 @@ from ckpt_convert.values import frozen
 IN_MEMORY = "memory"
 """``Header.kind`` of tensors in memory, which are no file."""
 
+GGUF = "gguf"
+"""``Header.kind`` of GGUF files, which are only looked at."""
+
 
 Scalar = str | int | float | bool | None
 """A plain value that a file holds beside its tensors, such as an epoch or a learning rate."""

@@ -13,12 +13,12 @@ from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor
 from ckpt_convert.checkpoint.model import Model, model_from
-from ckpt_convert.containers import gguf
 from ckpt_convert.convert.writing import to_stored
 from ckpt_convert.errors import AmbiguousFormatError, CkptConvertError, ConfigError, UnsupportedFamilyError
 from ckpt_convert.formats import peft
 from ckpt_convert.models.core.rope import reordered
 from ckpt_convert.models.core.table import Instance
+from ckpt_convert.tensors.header import GGUF
 from ckpt_convert.tensors.lazy import LazyTensor, from_source, zeros
 from ckpt_convert.wording import MORE, first_few
 
@@ -282,7 +282,7 @@ def _refuse(a: Identified, b: Identified, models: tuple[Model | None, Model | No
                 f"{checkpoint.place}: is a PEFT adapter, which holds changes to a model, not its weights; merge it "
                 "into its base model first (peft's merge_and_unload), then compare that"
             )
-        is_gguf = any(file.header.kind == gguf.KIND for file in checkpoint.files)
+        is_gguf = any(file.header.kind == GGUF for file in checkpoint.files)
         if checkpoint.format is None and (is_gguf or checkpoint.directory.kind is not None):
             raise UnsupportedFamilyError(
                 f"{checkpoint.place}: {checkpoint.why}, and none of its keys is one of the other side; "

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckpt_convert.checkpoint import generic_model
+from ckpt_convert.checkpoint.conventions import QUANTIZATION_CONFIGS
 from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
-from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization
+from ckpt_convert.checkpoint.quantized.detect import Quantization
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, option_error
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.lazy import from_source
@@ -21,7 +22,7 @@ def unquantized(model: Model, format: str | None, formats: frozenset[str]) -> Mo
 
     The headers decide: in an output of another format than Hugging Face's the config's quantization is removed.
     """
-    stated = [name for name in (*CONFIGS, "quantization") if isinstance(model.config.get(name), Mapping)]
+    stated = [name for name in (*QUANTIZATION_CONFIGS, "quantization") if isinstance(model.config.get(name), Mapping)]
     if format != "hf" or not stated:
         return model
     said = f"config.json has {stated[0]}, but no tensor is quantized"

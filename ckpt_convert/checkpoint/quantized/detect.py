@@ -8,6 +8,7 @@ from dataclasses import field
 from functools import lru_cache
 from typing import Any
 
+from ckpt_convert.checkpoint.conventions import CODE_DTYPES, quantization_config
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
@@ -17,13 +18,6 @@ from ckpt_convert.values import frozen
 
 CHECK = "quantised"
 """The check id of all findings here."""
-
-CONFIGS = ("quantization_config", "compression_config")
-"""The keys of config.json that hold the quantization config."""
-
-
-_LIKELY = frozenset(dtype for rule in schemes.RULES for dtype in rule.dtypes)
-"""The dtypes that codes may have."""
 
 
 @frozen(slots=True)
@@ -111,20 +105,9 @@ def unknown_scheme(config: Mapping[str, Any]) -> str | None:
     return "MLX's" if isinstance(config.get("quantization"), Mapping) else None
 
 
-def quantization_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The quantization config in config.json, {} where there is none."""
-    text = config.get("text_config")
-    for part in (config, text if isinstance(text, dict) else {}):
-        for name in CONFIGS:
-            found = part.get(name)
-            if isinstance(found, Mapping) and found:
-                return found
-    return {}
-
-
 def _is_likely(stored: Mapping[str, FileTensor]) -> bool:
     """Whether any tensor has a dtype that codes may have."""
-    return any(one.tensor.dtype in _LIKELY for one in stored.values())
+    return any(one.tensor.dtype in CODE_DTYPES for one in stored.values())
 
 
 class _Search:

@@ -8,10 +8,11 @@ from functools import partial
 from math import prod
 from typing import Any
 
+from ckpt_convert.checkpoint.conventions import QUANTIZATION_CONFIGS
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.quantized import schemes
 from ckpt_convert.checkpoint.quantized.computed_file import Computed, ComputedFile, Make
-from ckpt_convert.checkpoint.quantized.detect import CONFIGS, Quantization, Quantized
+from ckpt_convert.checkpoint.quantized.detect import Quantization, Quantized
 from ckpt_convert.checkpoint.record import Layout, LayoutFile
 from ckpt_convert.containers.build import layout_from_specs
 from ckpt_convert.dtypes import DEQUANTIZED_DTYPES
@@ -133,8 +134,8 @@ def _computed(quantized: Quantized, dtype: str) -> Computed:
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without its quantization."""
-    out = {name: value for name, value in config.items() if name not in CONFIGS}
+    out = {name: value for name, value in config.items() if name not in QUANTIZATION_CONFIGS}
     text = out.get("text_config")
     if isinstance(text, Mapping):
-        out["text_config"] = {name: value for name, value in text.items() if name not in CONFIGS}
+        out["text_config"] = {name: value for name, value in text.items() if name not in QUANTIZATION_CONFIGS}
     return out

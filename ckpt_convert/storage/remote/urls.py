@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 
 from ckpt_convert.storage.base import Store
-
-_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<rest>.*)", re.DOTALL)
 
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "azure", "abfs", "abfss", "oci"})
 
@@ -22,12 +19,12 @@ def address_of(url: str, options: Mapping[str, object] | None = None) -> Address
     ``options`` are the ``storage_options`` of a caller. Nothing is asked of the store. Raises UsageError for a URL that
     is not of its scheme's form.
     """
-    match = _URL.fullmatch(url)
-    scheme = match["scheme"].lower() if match is not None else ""
-    if match is not None and scheme in _BUCKETS:
+    scheme, _, rest = url.partition("://")
+    scheme = scheme.lower() if rest or "://" in url else ""
+    if scheme in _BUCKETS:
         from ckpt_convert.storage.remote import buckets  # not before: most places are paths
 
-        return buckets.address_in_bucket(scheme, match["rest"], options or {})
+        return buckets.address_in_bucket(scheme, rest, options or {})
     if scheme in ("https", "http"):
         from ckpt_convert.storage.remote import web
 
