@@ -16,7 +16,7 @@ OutputDType = Literal["float32", "float16", "bfloat16"]
 DequantizedDType = Literal["bfloat16", "float32"]
 
 
-@frozen(slots=True)
+@frozen()
 class DType:
     """One element type.
 

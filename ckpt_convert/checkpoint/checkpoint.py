@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import formats
 from ckpt_convert.checkpoint import locate, manifest_layout, opening, record
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
-from ckpt_convert.checkpoint.tensor import CheckpointTensor
 from ckpt_convert.dtypes import majority_dtype
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError
 from ckpt_convert.formats.base import FormatName
@@ -28,8 +27,11 @@ from ckpt_convert.storage.place import (
 from ckpt_convert.storage.reader import reading
 from ckpt_convert.wording import human_bytes
 
+if TYPE_CHECKING:
+    from ckpt_convert.checkpoint.tensor import CheckpointTensor
 
-class Checkpoint(Mapping[str, CheckpointTensor]):
+
+class Checkpoint(Mapping[str, "CheckpointTensor"]):
     """The tensors of a checkpoint by key, from its headers alone: no value is read before a tensor is asked for it.
 
         with open_checkpoint("Llama-3.2-1B") as checkpoint:
@@ -68,6 +70,8 @@ class Checkpoint(Mapping[str, CheckpointTensor]):
         return self._identified.notices
 
     def __getitem__(self, key: str) -> CheckpointTensor:
+        from ckpt_convert.checkpoint.tensor import CheckpointTensor
+
         return CheckpointTensor(self._identified, self._identified.info(key))
 
     def __iter__(self) -> Iterator[str]:

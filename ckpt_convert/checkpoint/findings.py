@@ -20,7 +20,7 @@ _TITLES = {
 }
 
 
-@frozen(slots=True)
+@frozen()
 class Finding:
     """One thing that is wrong, or worth knowing.
 

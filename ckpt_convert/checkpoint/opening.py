@@ -33,7 +33,6 @@ from ckpt_convert.formats.names import (
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.storage import hub, pointer
 from ckpt_convert.storage.base import Closable, Entry
-from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import GGUF, SHARDED_TENSOR_CLASSES, FileTensor, StoredTensor, WeightFile
 from ckpt_convert.values import frozen
@@ -279,9 +278,12 @@ def open_files(path: Place, directory: WeightDirectory) -> tuple[tuple[WeightFil
     if path.is_folder() and (other := alternative_set_advice(path, directory)) is not None:
         raise CheckpointNotFoundError(f"{path}: {other}")
     files = tuple(open_each(path, partial(_open, path), directory.weights))
-    for file in files if len(files) > _CACHED else ():
-        if isinstance(file.reader, ObjectFile):
-            file.reader.forget()
+    if len(files) > _CACHED:
+        from ckpt_convert.storage.object_store import ObjectFile
+
+        for file in files:
+            if isinstance(file.reader, ObjectFile):
+                file.reader.forget()
     facts = peft.adapter_facts(root) if directory.kind == peft.KIND else []
     if len(files) == 1 and files[0].header.kind == GGUF:
         from ckpt_convert.containers import gguf
@@ -294,6 +296,7 @@ def open_each(path: Place, do: Callable[[WeightName], T], weights: Sequence[Weig
     """``do(weight)`` for every weight file, in order; of a remote store many at a time, since each is a request."""
     if not path.store.prefers_listing or len(weights) < 2:
         return [do(weight) for weight in weights]
+    from ckpt_convert.storage.object_store import AT_ONCE
     from ckpt_convert.tensors.pool import map_threaded
 
     return map_threaded(do, weights, min(AT_ONCE, len(weights)))

@@ -31,7 +31,7 @@ Statistics = Mapping[str, "TensorStats"]
 """Statistics by key."""
 
 
-@frozen(slots=True)
+@frozen()
 class Count:
     """Tensors, elements and bytes; ``parameters`` is None where the full shapes are not known."""
 

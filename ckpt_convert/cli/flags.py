@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import shlex
 from typing import Any
 
 _EXCEPT = {
@@ -76,4 +75,6 @@ def _parsed(text: str) -> ast.expr | None:
 
 
 def _word(node: ast.expr) -> str:
+    import shlex
+
     return shlex.quote(str(node.value)) if isinstance(node, ast.Constant) else ast.unparse(node)

@@ -1,41 +1,27 @@
-"""The library's log messages on standard error: escaped, one line each."""
+"""The library's messages on standard error: escaped, one line each."""
 
 from __future__ import annotations
 
 import importlib
-import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
+from ckpt_convert import log
 from ckpt_convert.cli import colors
 from ckpt_convert.cli.text import echo, escape
 
 
-class _Stderr(logging.Handler):
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # nobody reads standard error: that is no reason to stop
-            notice(record.getMessage())
-
-
 def notice(text: str) -> None:
     """Print a notice on standard error; a closed stream is no error."""
-    echo(f"{colors.warning('notice:')} {escape(text)}", err=True)
+    with suppress(OSError):  # nobody reads standard error: that is no reason to stop
+        echo(f"{colors.warning('notice:')} {escape(text)}", err=True)
 
 
-@contextmanager
-def on_stderr(*, hidden: bool = False) -> Iterator[None]:
+def on_stderr(*, hidden: bool = False) -> AbstractContextManager[None]:
     """Show the library's notices, or hide them, while the block runs."""
-    log = logging.getLogger("ckpt_convert")
-    handler = logging.NullHandler() if hidden else _Stderr()
-    log.addHandler(handler)
-    was, log.propagate = log.propagate, False
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.propagate = was
+    return log.shown_by((lambda text: None) if hidden else notice)
 
 
 @contextmanager
@@ -45,6 +31,8 @@ def silent_transformers() -> Iterator[None]:
     These switches are global to the process, which is why only the command sets them and never the library.
     """
     try:
+        import logging
+
         from huggingface_hub import constants
 
         chatter: Any = importlib.import_module("transformers.utils.logging")

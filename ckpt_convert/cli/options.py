@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@frozen(slots=True)
+@frozen()
 class Option:
     """An option: its names, and its settings for click; a decorator of commands."""
 
@@ -51,7 +51,7 @@ def complete_family(context: click.Context, parameter: click.Parameter, incomple
     return [CompletionItem(name) for name in FAMILIES if name.startswith(incomplete)]
 
 
-@frozen(slots=True)
+@frozen()
 class Argument:
     """An argument that is a checkpoint: a path or a Hub id; a decorator of commands, whose function gets the text."""
 

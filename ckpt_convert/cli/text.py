@@ -352,6 +352,8 @@ def _escaped(char: str) -> str:
 
 
 def _char_width(char: str) -> int:
+    if char < "\u0300":  # before the first that combines with others
+        return 1
     import unicodedata
 
     if unicodedata.combining(char):

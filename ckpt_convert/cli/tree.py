@@ -48,7 +48,7 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-@frozen(slots=True)
+@frozen()
 class Row:
     """One line: ``count`` tensors of this shape and dtype, ``nbytes`` bytes together.
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import threading
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
+from ckpt_convert import log
 from ckpt_convert.convert.execute import FinishedPiece
 from ckpt_convert.convert.headers import HeaderBytes
 from ckpt_convert.convert.layout import OutputFile
@@ -21,8 +21,6 @@ from ckpt_convert.convert.partition import Piece
 from ckpt_convert.convert.plan import Plan
 from ckpt_convert.storage.checksums import CRC64
 from ckpt_convert.storage.workspace import Folder, Journal, Stage, StagedFile
-
-log = logging.getLogger("ckpt_convert")
 
 
 class _File:

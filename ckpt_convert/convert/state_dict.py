@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
 
-from ckpt_convert import formats
+from ckpt_convert import formats, log
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.hints import unknown_family
 from ckpt_convert.checkpoint.locate import locate_file
@@ -30,8 +29,6 @@ from ckpt_convert.models.core.config import AXES, ConfigOptions, MetaStyle
 from ckpt_convert.storage.place import Location, Place
 from ckpt_convert.tensors.lazy import ZEROS, LazyTensor, from_source
 from ckpt_convert.wording import indented_list, option_text
-
-log = logging.getLogger("ckpt_convert")
 
 StateDict = Mapping[str, torch.Tensor]
 

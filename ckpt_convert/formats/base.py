@@ -25,7 +25,7 @@ _MOST_DIGITS = 100
 """Longest integer in JSON, in digits; tokenizer_config.json has one of 31 (int(1e30), for "no limit")."""
 
 
-@frozen(slots=True)
+@frozen()
 class WeightName:
     """A weight file of a checkpoint and its tensor-parallel rank (0 if files are not ranks)."""
 

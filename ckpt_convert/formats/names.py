@@ -39,10 +39,10 @@ TRAINING_PREFIXES = (
 )
 """Prefixes of files that trainers (transformers, accelerate, torchtune, DeepSpeed) save beside weights."""
 
-_TITLED = re.compile(r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|diffusion_\w+_model)\b.*")
+_TITLED = r"((pytorch_|tf_|flax_|rust_|adapter_)?model|consolidated|diffusion_\w+_model)\b.*"
 """Names that only weights have, of whichever program."""
 
-_PIECES = re.compile(rf".+{re.escape(DCP_SUFFIX)}")
+_PIECES = rf".+{re.escape(DCP_SUFFIX)}"
 
 TOKENIZER_PREFIXES = (
     *("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "tekken", "chat_template", "spiece"),
@@ -84,7 +84,7 @@ CONSOLIDATED = "consolidated"
 
 SINGLE_RANK = ("consolidated.safetensors", "consolidated.pth", "consolidated.pt")
 
-_FOUND = re.compile(
+_FOUND = (
     r"(?:model|diffusion_pytorch_model)(?:\.[\w-]+)?\.safetensors"
     r"|(?:pytorch_model|diffusion_pytorch_model)(?:\.[\w-]+)?\.bin"
 )
@@ -130,7 +130,7 @@ def common_file_names(count: int, container: str) -> list[str] | None:
 
 def is_found_without_index(name: str) -> bool:
     """Whether loaders find a weight file of this name without an index."""
-    return _FOUND.fullmatch(name) is not None
+    return re.fullmatch(_FOUND, name) is not None
 
 
 def is_variant(name: str, names: Iterable[str]) -> bool:
@@ -195,9 +195,9 @@ def is_any_weights(name: str) -> bool:
 def is_certainly_weights(name: str) -> bool:
     """Whether a file certainly holds weights: no other file would have this name."""
     shard, suffix = SHARD.fullmatch(name), PurePosixPath(name).suffix
-    if _PIECES.fullmatch(name) or (shard is not None and suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX)):
+    if re.fullmatch(_PIECES, name) or (shard is not None and suffix in (*WEIGHT_SUFFIXES, GGUF_SUFFIX)):
         return True
-    return _TITLED.fullmatch(name) is not None and name.endswith((*WEIGHT_SUFFIXES, *_FOREIGN, ".onnx_data"))
+    return re.fullmatch(_TITLED, name) is not None and name.endswith((*WEIGHT_SUFFIXES, *_FOREIGN, ".onnx_data"))
 
 
 def may_be_weights(name: str) -> bool:

@@ -6,16 +6,14 @@ distributions (``entry_points``) are loaded when no built-in one fits, or when a
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from typing import Any
 
+from ckpt_convert import log
 from ckpt_convert.models.core.table import Family
 from ckpt_convert.values import frozen
-
-log = logging.getLogger("ckpt_convert")
 
 
 @frozen()

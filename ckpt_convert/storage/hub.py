@@ -24,7 +24,7 @@ _HASH = r"[0-9a-f]{40}|[0-9a-f]{64}"
 _BLOB = rf"(?:\.\./)+blobs/({_HASH})"
 
 
-@frozen(slots=True)
+@frozen()
 class HubId:
     """A repository of the Hub: its name, the revision (None: the main branch), and a folder or file in it."""
 

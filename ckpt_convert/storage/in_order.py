@@ -8,13 +8,13 @@ that make the directory complete, the rest, and at last the journal.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import PurePosixPath
 from types import TracebackType
 
+from ckpt_convert import log
 from ckpt_convert.errors import (
     CkptConvertError,
     CorruptFileError,
@@ -33,8 +33,6 @@ from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.store_lock import StoreLock, lock_place, stale
 from ckpt_convert.storage.system import Advice
-
-log = logging.getLogger("ckpt_convert")
 
 _KEPT = Advice(
     "finished files are kept, free some space and run again with `resume=True`",

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ckpt_convert import log
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, UnwritableError
 from ckpt_convert.storage.base import Entry, Store
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.rules import Rules
-
-log = logging.getLogger("ckpt_convert")
 
 _LONGEST = 1 << 28
 """Size limit of a journal in bytes; it describes every complete weight file."""

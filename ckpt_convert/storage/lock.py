@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
 
+from ckpt_convert import log
 from ckpt_convert.errors import LockedError
 
 try:
     import fcntl
 except ImportError:  # Windows has no flock: a second writer is not detected
     fcntl = None  # type: ignore[assignment]
-
-log = logging.getLogger("ckpt_convert")
 
 _HELD = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 """Errors when another process has the lock; any other error means that the file system has no locks."""

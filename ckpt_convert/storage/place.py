@@ -27,7 +27,6 @@ from ckpt_convert.storage.base import (
 from ckpt_convert.storage.listing import FolderListing, Listing
 from ckpt_convert.storage.local import LOCAL
 from ckpt_convert.storage.names import check_name, is_web_url, local_path
-from ckpt_convert.storage.remote.urls import address_of
 from ckpt_convert.values import frozen
 
 _KEPT = 1 << 25
@@ -279,8 +278,17 @@ def checked_place(given: Location, what: str = "") -> Place:
     """
     if isinstance(given, Place):
         return given
-    address = address_of(os.fspath(given))
-    return Place(*address) if address is not None else as_place(local_path(given, what))
+    return _in_store(os.fspath(given)) or as_place(local_path(given, what))
+
+
+def _in_store(url: str, options: StorageOptions | None = None) -> Place | None:
+    """The place in a store that a URL denotes; None if it is no URL of a store."""
+    if "://" not in url:
+        return None
+    from ckpt_convert.storage.remote.urls import address_of
+
+    address = address_of(url, options)
+    return Place(*address) if address is not None else None
 
 
 def output_place(given: Location, what: str) -> Place:
@@ -296,8 +304,7 @@ def with_options(options: StorageOptions | None, *given: Any) -> list[Any]:
 
     Raises UsageError if there are options and nothing is in a store.
     """
-    addresses = [address_of(one, options) if options and isinstance(one, str) else None for one in given]
-    places = [one if address is None else Place(*address) for one, address in zip(given, addresses, strict=True)]
+    places = [(_in_store(one, options) if options and isinstance(one, str) else None) or one for one in given]
     if options and not any(isinstance(place, Place) for place in places):
         raise UsageError("`storage_options={…}`: nothing here is the URL of a store", "storage_options")
     return places

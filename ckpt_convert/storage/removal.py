@@ -7,10 +7,10 @@ under the original name.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from pathlib import Path
 
+from ckpt_convert import log
 from ckpt_convert.errors import CkptConvertError, CorruptFileError, LockedError
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.names import DELETED, JOURNAL, PARTIAL, REPLACED, partial_path
@@ -20,8 +20,6 @@ from ckpt_convert.storage.reader import reading
 from ckpt_convert.storage.rules import Rules
 from ckpt_convert.storage.staging import remove_staged
 from ckpt_convert.storage.system import sync_directory
-
-log = logging.getLogger("ckpt_convert")
 
 
 def withdraw(path: Path, rules: Rules) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import stat
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TextIO
 
+from ckpt_convert import log
 from ckpt_convert.errors import (
     CkptConvertError,
     NotEnoughSpaceError,
@@ -32,8 +32,6 @@ from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.rules import Rules, refuse_existing
 from ckpt_convert.storage.system import Advice, exchange, sync_directory, writing
 from ckpt_convert.wording import indented_list
-
-log = logging.getLogger("ckpt_convert")
 
 
 def refuse_replacing(destination: Path, rules: Rules, *, overwrite: bool) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import threading
@@ -17,12 +16,11 @@ import time
 import uuid
 from typing import NamedTuple
 
+from ckpt_convert import log
 from ckpt_convert.errors import CkptConvertError, LockedError, OutputExistsError, UnreadableError
 from ckpt_convert.storage.names import PARTIAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.system import has_ended, process_identity
-
-log = logging.getLogger("ckpt_convert")
 
 RENEWAL = 20.0
 """Seconds between renewals."""

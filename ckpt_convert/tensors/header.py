@@ -59,7 +59,7 @@ class StoredTensor(NamedTuple):  # a NamedTuple is the fastest to construct, and
         return dtypes.nbytes(self.dtype, self.shape) if self.packed is None else self.packed
 
 
-@frozen(slots=True)
+@frozen()
 class ChecksummedRange:
     """A range of tensor bytes whose CRC-32 the container stores: the value ``crc``, at each of ``crc_offsets``."""
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from ckpt_convert import log
 from ckpt_convert.cli.notices import on_stderr
 from ckpt_convert.errors import CkptConvertError
 from tests import command
@@ -505,7 +505,7 @@ class TestFiles:
 
     def test_notices_are_escaped_on_stderr(self, capsys: pytest.CaptureFixture[str]) -> None:
         with on_stderr(hidden=False):
-            logging.getLogger("ckpt_convert").warning("%s is kept", "a\x9b1m.pth")
+            log.warning("%s is kept", "a\x9b1m.pth")
         assert capsys.readouterr().err == "notice: a\\x9b1m.pth is kept\n"
 
     def test_objects_that_are_no_tensors_are_noticed(self, tmp_path: Path) -> None:

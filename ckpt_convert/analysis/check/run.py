@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ckpt_convert import log
 from ckpt_convert.analysis.check import (
     auxiliary_files,
     checksums,
@@ -35,8 +35,6 @@ from ckpt_convert.wording import option_text
 
 if TYPE_CHECKING:
     from ckpt_convert.tensors.progress import ProgressCallback
-
-log = logging.getLogger("ckpt_convert")
 
 
 @dataclass

@@ -93,7 +93,7 @@ def _metadata_files(directory: Place) -> list[str]:
     """The metadata file of all ranks, or one for each rank if they saved without coordination (``no_dist``)."""
     if (directory / DCP_INDEX).is_regular_file():
         return [DCP_INDEX]
-    ranks = {int(m[1]): entry.name for entry in directory.children() if (m := INDEX_OF_RANK.fullmatch(entry.name))}
+    ranks = {int(m[1]): entry.name for entry in directory.children() if (m := re.fullmatch(INDEX_OF_RANK, entry.name))}
     return [ranks[rank] for rank in sorted(ranks)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import threading
@@ -10,12 +9,11 @@ import uuid
 from dataclasses import dataclass
 from typing import IO, Protocol
 
+from ckpt_convert import log
 from ckpt_convert.errors import CkptConvertError, OutputExistsError, UnwritableError
 from ckpt_convert.storage.base import Entry, Version
 from ckpt_convert.storage.remote.requests import Answer, PartRequests, child_text, parse_xml
 from ckpt_convert.storage.system import writing
-
-log = logging.getLogger("ckpt_convert")
 
 PART = 8 << 20
 """Bytes of a part, unless the object needs more than ``MOST_PARTS`` of them."""
