@@ -16,6 +16,15 @@ from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 T = TypeVar("T")
 
+
+class _Factory:
+    """The default of a parameter, in signatures, where every value gets its own."""
+
+    def __repr__(self) -> str:
+        return "<factory>"
+
+
+_FACTORY = _Factory()
 _LOCK = RLock()
 _set = object.__setattr__
 _described = partial(dataclass, init=False, repr=False, eq=False)
@@ -60,13 +69,13 @@ class _OnFirstUse:
 
 
 def _fields(cls: type) -> Any:
-    return _described()(cls).__dataclass_fields__  # type: ignore[attr-defined]
+    return _described()(cls).__dataclass_fields__
 
 
 def _init(cls: type) -> Callable[..., None]:
     """``__init__``: compiled, since values are made a hundred thousand times."""
     described = fields(cls)
-    scope: dict[str, Any] = {"_set": _set, "_MISSING": MISSING}
+    scope: dict[str, Any] = {"_set": _set, "_FACTORY": _FACTORY}
     parameters: dict[bool, list[str]] = {False: [], True: []}
     lines = []
     for each in described:
@@ -74,10 +83,10 @@ def _init(cls: type) -> Callable[..., None]:
         has_factory = each.default_factory is not MISSING
         if has_factory:
             scope[default] = each.default_factory
-            value = f"{default}() if {name} is _MISSING else {name}"
+            value = f"{default}() if {name} is _FACTORY else {name}"
         elif each.default is not MISSING:
             scope[default] = each.default
-        optional = "=_MISSING" if has_factory else f"={default}" if default in scope else ""
+        optional = "=_FACTORY" if has_factory else f"={default}" if default in scope else ""
         parameters[bool(each.kw_only)].append(name + optional)
         lines.append(f"    _set(self, {name!r}, {value})")
     if hasattr(cls, "__post_init__"):
@@ -86,42 +95,45 @@ def _init(cls: type) -> Callable[..., None]:
     exec("\n".join([f"def __init__({listed}):", *(lines or ["    pass"])]), scope)
     method: Callable[..., None] = scope["__init__"]
     method.__qualname__ = f"{cls.__qualname__}.__init__"
-    method.__annotations__ = {each.name: each.type for each in described}
+    method.__annotations__ = {**{each.name: each.type for each in described}, "return": None}
     return method
 
 
 @cache
-def _getter(cls: type, which: Callable[[Field[Any]], bool]) -> Callable[[Any], tuple[Any, ...]]:
-    """A function that takes the values of some fields from an object."""
+def _getter(cls: Any, which: Callable[[Field[Any]], bool]) -> Callable[[Any], tuple[Any, ...]]:
     names = [each.name for each in fields(cls) if which(each)]
     return attrgetter(*names) if len(names) > 1 else lambda value: tuple([getattr(value, name) for name in names])
 
 
-_compared, _all = attrgetter("compare"), attrgetter("name")
+def _values(value: Any, which: Callable[[Field[Any]], bool]) -> tuple[Any, ...]:
+    """The values of some fields."""
+    kind: Any = value.__class__
+    return _getter(kind, which)(value)
 
 
-def _equals(self: Any, other: object) -> bool:
-    if other.__class__ is not self.__class__:
-        return NotImplemented
-    values = _getter(self.__class__, _compared)
-    return values(self) == values(other)
+_compared, _any = attrgetter("compare"), attrgetter("name")
+
+
+def _equals(self: Any, other: Any) -> bool:
+    same_kind = other.__class__ is self.__class__
+    return _values(self, _compared) == _values(other, _compared) if same_kind else NotImplemented
 
 
 def _hash(self: Any) -> int:
-    return hash(_getter(self.__class__, _compared)(self))
+    return hash(_values(self, _compared))
 
 
 def _state(self: Any) -> tuple[Any, ...]:
-    return _getter(self.__class__, _all)(self)
+    return _values(self, _any)
 
 
 def _restore(self: Any, state: tuple[Any, ...]) -> None:
-    for each, value in zip(fields(type(self)), state, strict=True):
+    for each, value in zip(fields(self), state, strict=True):
         _set(self, each.name, value)
 
 
 def _repr(self: Any) -> str:
-    shown = [f"{each.name}={getattr(self, each.name)!r}" for each in fields(type(self)) if each.repr]
+    shown = [f"{each.name}={getattr(self, each.name)!r}" for each in fields(self) if each.repr]
     return f"{type(self).__qualname__}({', '.join(shown)})"
 
 

@@ -72,6 +72,7 @@ FILES = {
         "models/test_tables.py",
         "test_project.py",
         "test_promises.py",
+        "test_values.py",
     ),
     "train": (
         "reliability/test_adapter_base.py",

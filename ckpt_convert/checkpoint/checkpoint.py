@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ckpt_convert import formats
-from ckpt_convert.checkpoint import locate, manifest_layout, opening, record
+from ckpt_convert.checkpoint import locate, opening, record
 from ckpt_convert.checkpoint.hints import make_hints
 from ckpt_convert.checkpoint.identify import Identified, identify
 from ckpt_convert.dtypes import majority_dtype
@@ -191,6 +191,8 @@ def open_unfinished(
     found_record = record.load_record(path) if path.is_folder() else None
     glance = glance and path.store.prefers_listing
     if glance and found_record is not None:
+        from ckpt_convert.checkpoint import manifest_layout
+
         manifest_layout.remember_config(found_record)
     opened = opening.open_described(path, format, found_record, seen) if glance else None
     opened = opened or opening.open_weights(path, format, found_record, seen, reads_index=not glance)

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from ckpt_convert import containers, formats
 from ckpt_convert.checkpoint import legacy_keys, record
-from ckpt_convert.checkpoint.manifest_layout import described_files
 from ckpt_convert.checkpoint.record import Record
 from ckpt_convert.containers.dcp import is_dcp_index
 from ckpt_convert.dtypes import majority_dtype
@@ -135,6 +134,8 @@ def open_described(
     format = recorded.format if recorded is not None else None
     if recorded is None or format is None or requested not in (None, format):
         return None
+    from ckpt_convert.checkpoint.manifest_layout import described_files
+
     described = described_files(recorded)
     if described is None:
         return None
