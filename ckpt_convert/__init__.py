@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ckpt_convert.checkpointer.checkpointer import Checkpointer
     from ckpt_convert.checkpointer.run.progress import Progress
     from ckpt_convert.checkpointer.save.options import Final
+    from ckpt_convert.checkpointer.torchtune import TorchtuneCheckpointer
     from ckpt_convert.checkpointer.trainer import CheckpointerCallback
     from ckpt_convert.convert.api import Report, convert_checkpoint, plan_conversion
     from ckpt_convert.convert.plan import Plan
@@ -68,6 +69,7 @@ _MODULES = {
     "Plan": "convert.plan",
     "Progress": "checkpointer.run.progress",
     "Report": "convert.api",
+    "TorchtuneCheckpointer": "checkpointer.torchtune",
     "TransferProgress": "tensors.progress",
     "Verification": "analysis.check.report",
     "convert_checkpoint": "convert.api",
@@ -84,6 +86,7 @@ _PACKAGES = {
     "Checkpointer": ("torch",),
     "CheckpointerCallback": ("torch", "transformers"),
     "Final": ("torch",),
+    "TorchtuneCheckpointer": ("torch",),
     "convert_state_dict": ("torch",),
 }
 """The packages that a name needs and an installation may lack: without them it is not listed, so that help() works."""
@@ -115,6 +118,7 @@ __all__ = [
     "ShapeMismatchError",
     "SourceChangedError",
     "TiedWeightsError",
+    "TorchtuneCheckpointer",
     "TransferProgress",
     "UnreadableError",
     "UnsafeFileError",

@@ -189,7 +189,13 @@ def test_without_torch_what_trains_says_in_a_sentence_how_to_install_it() -> Non
         check=True,
     )
     found = json.loads(done.stdout)
-    assert set(found) == {"Checkpointer", "CheckpointerCallback", "Final", "convert_state_dict"}
+    assert set(found) == {
+        "Checkpointer",
+        "CheckpointerCallback",
+        "Final",
+        "TorchtuneCheckpointer",
+        "convert_state_dict",
+    }
     for name, text in found.items():
         assert text.startswith(f"{name} needs the package torch, which cannot be imported (")
         assert text.endswith("): pip install 'ckpt-convert[train]'")
