@@ -19,10 +19,13 @@ from typing import NamedTuple
 
 from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.reader import pread_into
-from ckpt_convert.storage.system import Advice, sync_directory, writing
+from ckpt_convert.storage.system import Advice, reserve, sync_directory, writing
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 _FILE = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+_RESERVED = 1 << 20
+"""The size from which reserving the blocks of a file is worth a system call."""
 
 
 class _Identity(NamedTuple):
@@ -254,6 +257,8 @@ class StagedFile:
         try:
             with folder.writing(name, "made"):
                 os.ftruncate(fd, size)
+                if size >= _RESERVED and os.fstat(fd).st_blocks * 512 < size:
+                    reserve(fd, size)
         except BaseException:
             self._close()
             raise
