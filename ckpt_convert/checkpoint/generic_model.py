@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.models import FAMILIES, Family
 from ckpt_convert.models.core.config import type_of
 from ckpt_convert.models.core.table import Dims, Key, Row

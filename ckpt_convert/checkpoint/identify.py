@@ -7,17 +7,16 @@ from dataclasses import field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ckpt_convert.checkpoint import diagnosis, mapping, opening
+from ckpt_convert.checkpoint import diagnosis, opening
 from ckpt_convert.checkpoint.conventions import CODE_DTYPES, quantization_config
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints, read_config
 from ckpt_convert.checkpoint.keys import Keys, refuse_clashes
 from ckpt_convert.checkpoint.legacy_keys import KeyNames
-from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model, from_shapes, is_bare, model_of, names_of
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Layout, Record
-from ckpt_convert.checkpoint.tensor_info import TensorInfo, describe_tensors
+from ckpt_convert.checkpoint.tensor_info import SourceTensor, TensorInfo, describe_tensors
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import (
     AmbiguousFormatError,
@@ -255,6 +254,7 @@ class Identified:
     @cached_property
     def _passthrough_model(self) -> Model:
         """The model with quantized tensors as stored, after checking them against the family's table."""
+        from ckpt_convert.checkpoint import mapping
         from ckpt_convert.checkpoint.quantized import as_stored
 
         assert self.quantization is not None
@@ -281,6 +281,7 @@ class Identified:
         config = self.stated_config.content_or_empty
         if not quantization_config(config) and "quantization" not in config:
             return None
+        from ckpt_convert.checkpoint import mapping
         from ckpt_convert.checkpoint.quantized.detect import unknown_scheme
 
         scheme = unknown_scheme(config)

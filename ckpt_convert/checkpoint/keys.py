@@ -10,9 +10,8 @@ from ckpt_convert import formats
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.findings import Finding
 from ckpt_convert.checkpoint.legacy_keys import PLAIN, KeyNames
-from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
-from ckpt_convert.checkpoint.tensor_info import join_boxes
+from ckpt_convert.checkpoint.tensor_info import SourceTensor, join_boxes
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import StoredTensor, WeightFile

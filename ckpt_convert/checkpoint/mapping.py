@@ -7,27 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
-from typing import NamedTuple
 
 from ckpt_convert.checkpoint.findings import Finding, raise_if_any
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.models.core.table import Family, Instance, StoredTensorSpec
 from ckpt_convert.tensors.lazy import LazyTensor, concat
 from ckpt_convert.values import frozen
 
 _LISTED = 20
-
-
-class SourceTensor(NamedTuple):
-    """A stored tensor to be mapped: ``location`` is the file (or rank) for messages."""
-
-    key: str
-    dtype: str
-    tensor: LazyTensor
-    location: str
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.tensor.shape
 
 
 @frozen(slots=True)

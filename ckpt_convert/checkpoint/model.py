@@ -11,9 +11,9 @@ from ckpt_convert.checkpoint import diagnosis, legacy_keys
 from ckpt_convert.checkpoint.hints import ConfigFile, Hints
 from ckpt_convert.checkpoint.keys import Keys
 from ckpt_convert.checkpoint.legacy_keys import KeyNames
-from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.opening import OpenedFiles
 from ckpt_convert.checkpoint.record import Record
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.errors import ConfigError, KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.formats.base import load_json
 from ckpt_convert.models import FAMILIES, Family

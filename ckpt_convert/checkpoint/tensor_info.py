@@ -9,6 +9,19 @@ from ckpt_convert.tensors.header import StoredTensor, WeightFile
 from ckpt_convert.tensors.lazy import LazyTensor, Tile, from_source
 
 
+class SourceTensor(NamedTuple):
+    """A stored tensor to be mapped: ``location`` is the file (or rank) for messages."""
+
+    key: str
+    dtype: str
+    tensor: LazyTensor
+    location: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+
 class Part(NamedTuple):
     """The stored part of a tensor, on one rank or in one piece: ``offset`` and ``nbytes`` are bytes in the file.
 

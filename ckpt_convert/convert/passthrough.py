@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensor, LogicalTensors
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.opening import tensors_in_file
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert.request import Request
 from ckpt_convert.convert.writing import Original
 from ckpt_convert.models.core.table import Instance

@@ -13,10 +13,11 @@ from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.checkpoint.model import Model, naming
 from ckpt_convert.checkpoint.quantized import as_stored, view
 from ckpt_convert.checkpoint.record import Layout
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.convert import (
     auxiliary_files,

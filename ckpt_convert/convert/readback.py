@@ -8,8 +8,9 @@ from dataclasses import replace
 from ckpt_convert import dtypes
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.identify import Identified
-from ckpt_convert.checkpoint.mapping import LogicalTensor, SourceTensor
+from ckpt_convert.checkpoint.mapping import LogicalTensor
 from ckpt_convert.checkpoint.opening import tensors_in_file
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.checkpoint.verbatim import as_stored_tensors
 from ckpt_convert.convert import translate
 from ckpt_convert.convert.plan import Plan, target_dtype

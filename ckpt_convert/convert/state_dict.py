@@ -12,8 +12,9 @@ from ckpt_convert import formats, log
 from ckpt_convert.checkpoint import legacy_keys
 from ckpt_convert.checkpoint.hints import unknown_family
 from ckpt_convert.checkpoint.locate import locate_file
-from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model, candidates, model_from
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert.translate import translate
 from ckpt_convert.dtypes import DTYPES, FROM_TORCH, torch_name
 from ckpt_convert.errors import (

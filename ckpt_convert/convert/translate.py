@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality, LogicalTensors
 from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert import ties, writing
 from ckpt_convert.convert.ties import EqualBytes, Ties
 from ckpt_convert.convert.writing import Original, TargetTensor

@@ -17,7 +17,7 @@ from ckpt_convert.analysis.check.run import check_checkpoint
 from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.checkpoint import open_identified
-from ckpt_convert.checkpoint.mapping import SourceTensor
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.errors import (
     ConfigError,
     KeyMismatchError,

@@ -17,7 +17,7 @@ from transformers.modeling_layers import MtpModel
 from ckpt_convert import convert_checkpoint, convert_state_dict
 from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import SourceTensor
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.errors import CkptConvertError, ConfigError, KeyMismatchError
 from ckpt_convert.models import FAMILIES

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from ckpt_convert.checkpoint.mapping import Equality, SourceTensor
+from ckpt_convert.checkpoint.mapping import Equality
 from ckpt_convert.checkpoint.model import Model, model_from
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert import ties, translate
 from ckpt_convert.errors import KeyMismatchError, UnsupportedFamilyError
 from ckpt_convert.models.core.config import ConfigOptions

@@ -12,8 +12,9 @@ from typing import Any
 
 from ckpt_convert.checkpoint import mapping
 from ckpt_convert.checkpoint.findings import Finding
-from ckpt_convert.checkpoint.mapping import LogicalTensors, SourceTensor
+from ckpt_convert.checkpoint.mapping import LogicalTensors
 from ckpt_convert.checkpoint.model import Model
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.models.core.config import type_of
 from ckpt_convert.models.core.table import Dims

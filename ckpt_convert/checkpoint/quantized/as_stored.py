@@ -7,9 +7,9 @@ from dataclasses import replace
 
 from ckpt_convert.checkpoint import generic_model
 from ckpt_convert.checkpoint.conventions import QUANTIZATION_CONFIGS
-from ckpt_convert.checkpoint.mapping import SourceTensor
 from ckpt_convert.checkpoint.model import Model
 from ckpt_convert.checkpoint.quantized.detect import Quantization
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.errors import ConfigError, UnsupportedFamilyError, option_error
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.lazy import from_source

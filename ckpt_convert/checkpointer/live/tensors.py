@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckpt_convert.checkpoint.legacy_keys import HOLDER, WRAPPERS, without_wrappers
-from ckpt_convert.checkpoint.mapping import SourceTensor
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.checkpointer.distributed.claims import Owned
 from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, slice_of, whole
 from ckpt_convert.checkpointer.live.fsdp1 import Fsdp1Model

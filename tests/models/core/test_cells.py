@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import SourceTensor
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.convert.state_dict import materialize
 from ckpt_convert.models.core.table import Dims, Family, Key, Row

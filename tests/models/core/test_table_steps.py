@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ckpt_convert.checkpoint import mapping
-from ckpt_convert.checkpoint.mapping import SourceTensor
+from ckpt_convert.checkpoint.tensor_info import SourceTensor
 from ckpt_convert.convert import writing
 from ckpt_convert.errors import KeyMismatchError
 from ckpt_convert.models.core import table_check
