@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
@@ -93,7 +94,7 @@ def parse_json(data: bytes) -> Any:
 
     Integers are limited to 100 digits, because parsing longer ones takes quadratic time.
     """
-    return json.loads(data.decode("utf-8-sig"), parse_int=_integer)
+    return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), parse_int=_integer)
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
