@@ -26,7 +26,7 @@ test-fast: $(INSTALLED) ## Run the tests of single modules; at most 60 CPU-secon
 	$(BIN)/python -m tests.budget 60 $(PYTEST) -m fast
 
 slow: $(INSTALLED) ## Run the tests that kill, fail and restart processes at every call
-	@tests/torchtune.sh --install >/dev/null || true  # the tests that need it fail with the same words
+	@for trainer in torchtune torchtnt composer; do tests/trainers.sh $$trainer --install >/dev/null || true; done
 	$(PYTEST) -m slow --numprocesses auto --dist loadfile
 
 check: $(INSTALLED) ## Check style (ruff), types (mypy) and who imports whom (import-linter)

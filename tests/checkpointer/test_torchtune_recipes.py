@@ -1,6 +1,6 @@
 """Recipes of torchtune run with one changed line, ``_component_``, and train what they train without the change.
 
-They run where ``tests/torchtune.sh --install`` has put torchtune 0.6.1; ``test_torchtune`` needs none.
+They run where ``tests/trainers.sh torchtune --install`` has put torchtune 0.6.1; ``test_torchtune`` needs none.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def packages() -> str:
-    found = subprocess.run([ROOT / "torchtune.sh"], cwd=ROOT.parent, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        [ROOT / "trainers.sh", "torchtune"], cwd=ROOT.parent, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout.strip()
 
