@@ -31,9 +31,8 @@ from ckpt_convert.tensors.gather import StoredTensors
 from ckpt_convert.tensors.lazy import BLOCK, LazyTensor
 from ckpt_convert.tensors.pool import run_threaded
 from ckpt_convert.tensors.progress import ProgressCallback, ProgressCounter
+from ckpt_convert.tensors.runs import RunWriter
 from ckpt_convert.wording import MORE, first_few, indented_list
-
-WRITEBACK = 16 << 20
 
 _NAMED = 8
 """The number of tensors that a message names."""
@@ -170,7 +169,7 @@ def execute(
     queue, stored = list(pieces), NumberedTensors(plan, sources)
     counter = counter or ProgressCounter("converting", sum(piece.nbytes for piece in queue), None)
     execution = _Execution(plan, output, counter)
-    run_threaded(queue, workers, counter, lambda: partial(execution.write, BlockReader(stored)))
+    run_threaded(queue, workers, counter, lambda: partial(execution.write, BlockReader(stored), RunWriter()))
     return execution.done
 
 
@@ -183,9 +182,9 @@ class _Execution:
         self._output = output
         self._meter = counter
 
-    def write(self, mover: BlockReader, piece: Piece) -> None:
+    def write(self, mover: BlockReader, writer: RunWriter, piece: Piece) -> None:
         file = self._output.file(piece.file)
-        done = self._verified(file, piece) or self._moved(mover, file, piece)
+        done = self._verified(file, piece) or self._moved(mover, writer, file, piece)
         self.done.append(done)
         self._output.add(done)
 
@@ -194,18 +193,16 @@ class _Execution:
         has_crc = self._plan.files[piece.file].layout.header.checksummed
         return CRC64.of(data, checksum), CRC32.of(data, crc) if has_crc else 0
 
-    def _moved(self, mover: BlockReader, file: StagedFile, piece: Piece) -> FinishedPiece:
-        checksum = crc = done = flushed = 0
+    def _moved(self, mover: BlockReader, writer: RunWriter, file: StagedFile, piece: Piece) -> FinishedPiece:
+        checksum = crc = 0
         placed, before = self._plan.files[piece.file].tensors[piece.tensor], mover.overflowed
+        writer.begin(file, piece.offset)
         for part in placed.tensor.flat_range(piece.start, piece.stop):
             for _, data in mover.blocks(part, placed.source_dtype, placed.dtype):
                 checksum, crc = self._sums(piece, data, checksum, crc)
-                file.write(piece.offset + done, data)
+                writer.write(data)
                 self._meter.add(len(data))
-                done += len(data)
-                if done - flushed >= WRITEBACK or done == piece.nbytes:
-                    file.start_writeback(piece.offset + flushed, done - flushed)
-                    flushed = done
+        writer.end()
         return FinishedPiece(piece, checksum, crc, mover.overflowed - before)
 
     def _verified(self, file: StagedFile, piece: Piece) -> FinishedPiece | None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from ckpt_convert import dtypes
 from ckpt_convert.convert.layout import OutputFile
 from ckpt_convert.convert.partition import Piece, count_runs, runs, split_into_pieces
+from ckpt_convert.storage.system import PAGE
 
 Owns = Callable[[int], bool]
 """Whether a writer has what comes from the source of this number."""
@@ -29,9 +30,6 @@ SHORT = 1 << 16
 
 FEW = 1024
 """Short runs that a writer may as well write: they take about 0.1 s."""
-
-PAGE = 4096
-"""Bytes that clients of a network file system cache, and write, together."""
 
 
 class ShortRuns(NamedTuple):

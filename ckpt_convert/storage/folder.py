@@ -7,6 +7,8 @@ at the end, its content is compared with the record.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
 import shutil
 import stat
@@ -19,9 +21,15 @@ from typing import NamedTuple
 
 from ckpt_convert.storage.place import Place, as_place
 from ckpt_convert.storage.reader import pread_into
-from ckpt_convert.storage.system import Advice, reserve, sync_directory, writing
+from ckpt_convert.storage.system import LARGE, PAGE, Advice, file_system_type, reserve, sync_directory, writing
 
 _DIRECTORY = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+_DIRECT_ON = {"ext2", "ext3", "ext4", "xfs", "overlay"}
+"""File systems on which files are written past the page cache where that is asked for.
+
+Of others, some take such writes for those of other sizes, some copy them anyway, and some are slower.
+"""
+
 _FILE = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 _RESERVED = 1 << 20
@@ -40,6 +48,10 @@ class _Identity(NamedTuple):
     @classmethod
     def of(cls, found: os.stat_result) -> _Identity:
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_nlink)
+
+
+_FLUSHED = 1 << 18
+"""Bytes of a write that the system is told to write to the disk at once."""
 
 
 @dataclass
@@ -67,6 +79,7 @@ class Folder:
     rank: Callable[[str], int] = lambda name: 0
     advice: Advice = field(default_factory=Advice)
     inside: str = ""
+    _is_direct: bool = False
     _ledger: _Ledger = field(default_factory=_Ledger)
 
     @classmethod
@@ -101,6 +114,10 @@ class Folder:
         """The same folder, for files with at most these permissions."""
         return replace(self, mode=self.mode & mode)
 
+    def past_cache(self) -> Folder:
+        """The same folder, for files that nobody reads soon: large writes go past the page cache, where that works."""
+        return replace(self, _is_direct=hasattr(os, "O_DIRECT") and file_system_type(self.root) in _DIRECT_ON)
+
     def comes_last(self, name: str) -> bool:
         """Whether a file of this name is held back until all others are written."""
         return self.rank(self._full(name)) > 0
@@ -114,7 +131,7 @@ class Folder:
         full = self._full(name)
         with self.writing(full, "made"):
             fd = self._open(full)
-        return StagedFile(self, full, fd, size or 0)
+        return StagedFile(self, full, fd, size or 0, past_cache=self._is_direct)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file: at once and flushed, or in ``complete`` if ``comes_last``."""
@@ -248,26 +265,52 @@ class Folder:
 
 
 class StagedFile:
-    """A file of known size, written at any offset and from several threads."""
+    """A file of known size, written at any offset and from several threads.
 
-    def __init__(self, folder: Folder, name: str, fd: int, size: int) -> None:
+    A large write of whole pages, from an address that begins one, goes past the page cache if the file was opened so:
+    the system then copies nothing, and gives no memory for it. Of any other the system begins to write to the disk at
+    once what is large, which shortens the flush at the end.
+    """
+
+    def __init__(self, folder: Folder, name: str, fd: int, size: int, *, past_cache: bool = False) -> None:
         self.name = name
         self._folder = folder
         self._fd = fd
+        self._direct = -1
         try:
             with folder.writing(name, "made"):
                 os.ftruncate(fd, size)
                 if size >= _RESERVED and os.fstat(fd).st_blocks * 512 < size:
                     reserve(fd, size)
+            if past_cache:
+                self._direct = _reopened(fd)
         except BaseException:
             self._close()
             raise
 
+    @property
+    def is_past_cache(self) -> bool:
+        return self._direct >= 0
+
     def write(self, offset: int, data: memoryview) -> None:
-        done = 0
         with self._folder.writing(self.name, "written"):
+            done = self._written_past_cache(offset, data)
             while done < len(data):
                 done += os.pwrite(self._fd, data[done:], offset + done)
+            if done >= _FLUSHED and not self.is_past_cache and hasattr(os, "posix_fadvise"):
+                with contextlib.suppress(OSError):  # the flush is what counts
+                    os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
+
+    def _written_past_cache(self, offset: int, data: memoryview) -> int:
+        """Write past the page cache if that is possible; the number of bytes that were written, from the first one."""
+        if not self.is_past_cache or len(data) < LARGE or (offset | len(data) | _address(data)) % PAGE:
+            return 0
+        try:
+            return os.pwrite(self._direct, data, offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return 0  # its blocks are larger than a page
 
     def append(self, data: memoryview) -> None:
         """Write at the end, for a file that is written sequentially."""
@@ -279,12 +322,6 @@ class StagedFile:
     def readinto(self, offset: int, buffer: memoryview) -> int:
         with self._folder.writing(self.name, "read again"):
             return pread_into(self._fd, buffer, offset)
-
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Let the system start to write these bytes to disk, which shortens the flush at the end."""
-        if hasattr(os, "posix_fadvise"):
-            with contextlib.suppress(OSError):  # the flush is what counts
-                os.posix_fadvise(self._fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def sync(self) -> None:
         with self._folder.writing(self.name, "flushed to disk"):
@@ -298,9 +335,14 @@ class StagedFile:
                 self._folder.note(self.name, None)
 
     def _close(self) -> None:
-        # Not closed again if closing fails: the descriptor may be reused by then.
+        # Not closed again if closing fails: the descriptors may be reused by then.
+        direct, self._direct = self._direct, -1
         fd, self._fd = self._fd, -1
-        os.close(fd)
+        try:
+            if direct >= 0:
+                os.close(direct)
+        finally:
+            os.close(fd)
 
     def __enter__(self) -> StagedFile:
         return self
@@ -333,6 +375,18 @@ def _opened(name: str, within: int) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _reopened(fd: int) -> int:
+    """A second descriptor of an open file, for writes past the page cache; -1 where there is none."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError:
+        return -1
+
+
+def _address(data: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(data)) if not data.readonly else 1
 
 
 def lstat(name: str, within: int) -> os.stat_result | None:

@@ -52,6 +52,10 @@ class OrderedFolder:
         """The same folder: such a store has no permissions of single files."""
         return self
 
+    def past_cache(self) -> OrderedFolder:
+        """The same folder: nothing is cached."""
+        return self
+
     @property
     def sends_parts(self) -> bool:
         """Yes: a part of a file is uploaded when all of its bytes are written."""
@@ -172,6 +176,10 @@ class OrderedFile:
         self._end = 0
         self._part = bytearray()
 
+    @property
+    def is_past_cache(self) -> bool:
+        return False
+
     def write(self, offset: int, data: memoryview) -> None:
         assert self._writer is not None
         with self._folder.advised():
@@ -189,9 +197,6 @@ class OrderedFile:
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         return 0  # a finished file is recognized by its etag; of an unfinished one nothing is kept
-
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Nothing: writes are uploaded right away."""
 
     def sync(self) -> None:
         if self._part:

@@ -19,6 +19,12 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 UNSUPPORTED = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 """Errors for calls that a file system does not support, as opposed to calls that failed."""
 
+PAGE = 4096
+"""Bytes of a page of a file: only whole ones are written past the page cache, and NFS clients write them together."""
+
+LARGE = 1 << 20
+"""Bytes of whole pages from which on the page cache is no gain for a write."""
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _MOUNTS = Path("/proc/self/mountinfo")

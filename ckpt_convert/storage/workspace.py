@@ -25,6 +25,10 @@ class StagedFile(Protocol):
     def name(self) -> str:
         """Its name relative to the staged directory."""
 
+    @property
+    def is_past_cache(self) -> bool:
+        """Whether large writes of whole pages, from memory that begins with one, go past the page cache."""
+
     def write(self, offset: int, data: memoryview) -> None:
         """Write at any offset, from any thread; every byte once."""
 
@@ -33,9 +37,6 @@ class StagedFile(Protocol):
 
     def readinto(self, offset: int, buffer: memoryview) -> int:
         """Read what an earlier attempt wrote; the number of bytes, 0 if none of it is kept."""
-
-    def start_writeback(self, offset: int, nbytes: int) -> None:
-        """Hint that these bytes are final and may be flushed."""
 
     def sync(self) -> None:
         """Make the complete file durable."""
@@ -69,6 +70,9 @@ class Folder(Protocol):
 
     def with_mode(self, mode: int) -> Folder:
         """The same folder, for files with at most these permissions."""
+
+    def past_cache(self) -> Folder:
+        """The same folder, for files that nobody reads soon: large writes go past the page cache, where that works."""
 
     def file(self, name: str, size: int | None) -> StagedFile:
         """Create a file to be written; ``size`` is None for one that is appended to."""

@@ -37,7 +37,12 @@ class BlockReader:
         self._buffer = np.empty(BLOCK, np.uint8)
 
     def read(self, block: LazyTensor, source: str, target: str) -> memoryview:
-        """The bytes of a block of at most ``most(source, target)`` elements, good until the next call."""
+        """The bytes of a block of at most ``most(source, target)`` elements, good until the next call.
+
+        Of a tensor in memory they may be the tensor's own.
+        """
+        if source == target and (there := self._gatherer.view(block, source)) is not None:
+            return there
         view = self._buffer[: block.size * dtypes.DTYPES[source].bits // 8]
         self._gatherer.read_into(block, source, view)
         if source == target:

@@ -30,6 +30,14 @@ class GatheringReader(Protocol):
         """Do the copy; False, without doing anything, leaves it to ``StridedReader``."""
 
 
+@runtime_checkable
+class ViewableReader(Protocol):
+    """A reader of memory, which can be used where it is."""
+
+    def view(self, offset: int, nbytes: int) -> memoryview | None:
+        """These bytes, without a copy; None where they are not in the memory of the process."""
+
+
 class StridedReader:
     """Reads lazy tensors whose sources are indices into ``stored``; not to be shared between threads."""
 
@@ -51,6 +59,16 @@ class StridedReader:
                 start = self._stored[copy.source][1].offset + copy.source_offset * bits // 8
                 ahead = ReadAhead(reader, start, start + -(-span * bits // 8))
                 self._ahead.setdefault(id(reader), []).append(ahead)
+
+    def view(self, tensor: LazyTensor, dtype: str) -> memoryview | None:
+        """The bytes of a tensor in memory that are dense and row-major there; None for any other."""
+        bits, copies = dtypes.DTYPES[dtype].bits, tensor.copies()
+        if bits < 8 or len(copies) != 1 or copies[0].source == ZEROS or not _is_dense(copies[0].dims):
+            return None
+        file, stored = self._stored[copies[0].source]
+        if not isinstance(file.reader, ViewableReader):
+            return None
+        return file.reader.view(stored.offset + copies[0].source_offset * bits // 8, tensor.size * bits // 8)
 
     def _read(self, reader: Any, offset: int, buffer: memoryview) -> None:
         for ahead in self._ahead.get(id(reader), ()):
@@ -100,7 +118,7 @@ class StridedReader:
 
     def _copy(self, reader: Any, offset: int, target: np.ndarray[Any, Any], dims: CopyDims, item: int) -> None:
         """Read elements at ``offset`` into the start of ``target``, with the strides of ``dims``."""
-        if not dims or (len(dims) == 1 and dims[0][1:] == (1, 1)):
+        if _is_dense(dims):
             nbytes = (dims[0][0] if dims else 1) * item
             self._read(reader, offset, target.data[:nbytes])
             return
@@ -135,6 +153,10 @@ class StridedReader:
         for start, size in parts:
             inner = (*dims[:widest], (size, source, step), *dims[widest + 1 :]) if size > 1 else rest
             self._copy(reader, offset + start * source * item, target[start * step * item :], inner, item)
+
+
+def _is_dense(dims: CopyDims) -> bool:
+    return not dims or (len(dims) == 1 and dims[0][1:] == (1, 1))
 
 
 def _far(dims: CopyDims, widest: int) -> bool:

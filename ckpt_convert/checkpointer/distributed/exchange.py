@@ -29,6 +29,7 @@ from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.tensors.blocks import BlockReader
 from ckpt_convert.tensors.progress import ProgressCounter
+from ckpt_convert.tensors.runs import RunWriter
 
 Writers = Literal["auto", "direct", "exchange"]
 
@@ -184,6 +185,7 @@ class _Assembly:
         self.done: list[FinishedPiece] = []
         self._exchange, self._plan, self._output, self._owns, self._counter = exchange, plan, output, owns, counter
         self._reader = BlockReader(NumberedTensors(plan, sources))
+        self._writer = RunWriter()
 
     def round(self, pieces: Sequence[Sequence[Piece]]) -> None:
         """Exchange, and write, the pieces of each owner."""
@@ -210,9 +212,10 @@ class _Assembly:
     def _write(self, pieces: Sequence[Piece], memory: Bytes) -> None:
         at = 0
         for piece in pieces:
-            data, file = memory[at : at + piece.nbytes].data, self._output.file(piece.file)
-            file.write(piece.offset, data)
-            file.start_writeback(piece.offset, piece.nbytes)
+            data = memory[at : at + piece.nbytes].data
+            self._writer.begin(self._output.file(piece.file), piece.offset)
+            self._writer.write(data)
+            self._writer.end()
             has_crc = self._plan.files[piece.file].layout.header.checksummed
             self.done.append(FinishedPiece(piece, CRC64.of(data, 0), CRC32.of(data, 0) if has_crc else 0))
             self._counter.add(piece.nbytes)

@@ -172,10 +172,18 @@ class MemoryReader:
         self.size = self._bytes.numel()
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
+        np.copyto(np.frombuffer(buffer, np.uint8), self._range(offset, len(buffer)).cpu().numpy())
+
+    def view(self, offset: int, nbytes: int) -> memoryview | None:
+        """These bytes, without a copy; None where they are on an accelerator."""
+        there = self._range(offset, nbytes)
+        return there.numpy().data if there.is_cpu else None
+
+    def _range(self, offset: int, nbytes: int) -> torch.Tensor:
         start = self.offset + offset
-        if start + len(buffer) > self.size:
+        if start + nbytes > self.size:
             raise UsageError(f"{self.name}: this part of it is in the memory of another process")
-        np.copyto(np.frombuffer(buffer, np.uint8), self._bytes[start : start + len(buffer)].cpu().numpy())
+        return self._bytes[start : start + nbytes]
 
 
 def as_planning_source(

@@ -24,7 +24,6 @@ from ckpt_convert.checkpointer.save.writer import (
     explained,
     staged,
     warn_of_losses,
-    weights_folder,
 )
 from ckpt_convert.checkpointer.state import shared_state
 from ckpt_convert.checkpointer.state.shared_state import SharedState
@@ -121,7 +120,7 @@ class _Shared(contextlib.ExitStack):
         if self._step.weights is not None:
             plan = self._step.weights.plan
             self._staged = self.enter_context(
-                StagedOutput(plan, self._staging, weights_folder(self._step, self._staging))
+                StagedOutput(plan, self._staging, self._step.weights_folder(self._staging.folder))
             )
             self._staged.begin(split_into_pieces(plan.files))
             self._staged.create_files()
@@ -150,13 +149,13 @@ class _Shared(contextlib.ExitStack):
         with explained(self._destination), workspace.workspace_of(place).join(place, ADVICE) as folder:
             parts, state = [], None
             if self._step.weights is not None:
-                inner = folder.subfolder(self._step.weights_in) if self._step.weights_in else folder
+                inner = self._step.weights_folder(folder)
                 try:
                     parts = self._write_weights(self._step.weights, inner, Look.from_json(found), int(exchanged, 16))
                 except BrokenExchangeError as error:
                     return packed([[], None, str(error)])
             if isinstance(self._step.state, SharedState):
-                into = folder.subfolder(TRAINING_STATE)
+                into = self._step.state_folder(folder)
                 state = shared_state.write_own(into, self._step.state, first, self._workers)
         return packed([[part.as_json() for part in parts], state, ""])
 
@@ -201,7 +200,7 @@ class _Shared(contextlib.ExitStack):
         whole = whole_pieces(split_into_pieces(plan.files), parts)
         for one in whole:
             self._staged.add(one)
-        folder = weights_folder(self._step, self._staging)
+        folder = self._step.weights_folder(self._staging.folder)
         written = output.finish_output(plan, whole, self._staged, folder, self._workers, None)
         lost = {key: count for key, count in self._found.nonzero.items() if count}
         warn_of_losses(self._step, self._staging, lost, written.overflows)

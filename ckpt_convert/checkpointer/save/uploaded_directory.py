@@ -248,7 +248,8 @@ class UploadedDirectory(RunDirectory):
     def write(
         self, step: StepContents, destination: Place, workers: int, progress: ProgressCallback | None = None
     ) -> None:
-        super().write(step, destination, workers, progress)
+        """``RunDirectory.write``; the step is read again when it is uploaded."""
+        super().write(replace(step, is_read_soon=True), destination, workers, progress)
         if self.is_followed:
             self._submit(destination.name)
 

@@ -52,7 +52,7 @@ class StepContents:
     adapter), None where there are none; ``files`` are small files by name; ``state`` is the training state, None for
     none; ``training`` gives the manifest's section, to which the checksums of what is written are added; it is asked
     when the manifest is written, as metrics may arrive until then; ``own`` is what this process writes of the weights,
-    where several do.
+    where several do; ``is_read_soon`` says that weights and state should stay in the page cache.
     """
 
     weights: OpenPlan | None
@@ -62,6 +62,18 @@ class StepContents:
     extra: Sequence[Place] = ()
     weights_in: str = ""
     own: OwnParts | None = None
+    is_read_soon: bool = False
+
+    def weights_folder(self, folder: Folder) -> Folder:
+        """The folder for the weights, in that of the step."""
+        return self._for_large(folder.subfolder(self.weights_in) if self.weights_in else folder)
+
+    def state_folder(self, folder: Folder) -> Folder:
+        """The folder for the training state, in that of the step."""
+        return self._for_large(folder.subfolder(TRAINING_STATE))
+
+    def _for_large(self, folder: Folder) -> Folder:
+        return folder if self.is_read_soon else folder.past_cache()
 
     @property
     def names(self) -> list[str]:
@@ -164,15 +176,10 @@ def obstacle(destination: Place) -> str:
     return f"{destination}: is to be saved again, and holds what is none of its files:{indented_list(foreign)}"
 
 
-def weights_folder(step: StepContents, staging: Stage) -> Folder:
-    """The folder for the weights of a step."""
-    return staging.folder.subfolder(step.weights_in) if step.weights_in else staging.folder
-
-
 def _state(step: StepContents, staging: Stage, workers: int) -> training_state.Files | None:
     if step.state is None or isinstance(step.state, SharedState):
         return None
-    return training_state.write_state(staging.folder.subfolder(TRAINING_STATE), step.state, workers)
+    return training_state.write_state(step.state_folder(staging.folder), step.state, workers)
 
 
 def complete(
@@ -183,7 +190,7 @@ def complete(
     if weights is not None and not step.weights_in:
         manifest = weights
     elif weights is not None:
-        weights_folder(step, staging).write(record.MANIFEST, record.render_manifest(weights))
+        step.weights_folder(staging.folder).write(record.MANIFEST, record.render_manifest(weights))
     files = {name: _file(name, data, staging) for name, data in (step.files or {}).items()}
     extra = {place.name: _copy(place, staging) for place in step.extra}
     kept = None if state is None else {"files": state}
@@ -198,7 +205,7 @@ def _weights(
     plan.refuse_unreadable()
     run_checks(plan, sources)
     lost = check_losses(plan, sources)
-    folder = weights_folder(step, staging)
+    folder = step.weights_folder(staging.folder)
     written = output.write_output(plan, sources, staging, workers, progress, folder, phase=SAVING)
     merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
     warn_of_losses(step, staging, lost, written.overflows | {key: count for key, count in merged.items() if count})

@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import IO, Any, NamedTuple, cast
 
 import torch
@@ -35,12 +36,13 @@ from ckpt_convert.storage import checksums
 from ckpt_convert.storage.checksums import digest
 from ckpt_convert.storage.workspace import Folder, StagedFile
 from ckpt_convert.tensors.pool import map_threaded
+from ckpt_convert.tensors.runs import RunWriter
 
 DATA = f"__0_0{DCP_SUFFIX}"
 NAMES = (DATA, DCP_INDEX)
 """The files that are written."""
 _CHUNK = 8 << 20
-"""Bytes of one write: of a tensor with more, several are written at the same time, while the checksum is computed.
+"""Bytes that one thread writes: of a tensor with more, several do, while the checksum is computed.
 
 Measured: one thread copies 1.5 GB a second to the page cache, less than a disk may take."""
 
@@ -168,17 +170,17 @@ class _File:
         self.digest = checksums.new(checksums.XXH3)
         self.failed: BaseException | None = None
         self._staged = staged
-        self._workers = workers
+        self._writers = [RunWriter() for _ in range(workers + 1)] if workers else []
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            if not self._workers:
+            if not self._writers:
                 self.digest.update(view)
                 self._staged.append(view)
             elif len(view) <= _CHUNK:
                 self.digest.update(view)
-                self._write_at(self.size, view)
+                self._staged.write(self.size, view)
             else:
                 self._write_large(view)
         except BaseException as error:
@@ -188,14 +190,19 @@ class _File:
         return len(view)
 
     def _write_large(self, view: memoryview) -> None:
-        starts = range(0, len(view), _CHUNK)
-        writes = [partial(self._write_at, self.size + start, view[start : start + _CHUNK]) for start in starts]
-        map_threaded(lambda act: act(), [partial(self.digest.update, view), *writes], self._workers + 1)
+        end = self.size + len(view)
+        cuts = [self.size, *range(self.size // _CHUNK * _CHUNK + _CHUNK, end, _CHUNK), end]
+        writes = [partial(self._write_run, at, view[at - self.size : to - self.size]) for at, to in pairwise(cuts)]
+        map_threaded(lambda act: act(), [partial(self.digest.update, view), *writes], len(self._writers))
 
-    def _write_at(self, offset: int, chunk: memoryview) -> None:
-        self._staged.write(offset, chunk)
-        if len(chunk) == _CHUNK:
-            self._staged.start_writeback(offset, len(chunk))
+    def _write_run(self, offset: int, data: memoryview) -> None:
+        writer = self._writers.pop()
+        try:
+            writer.begin(self._staged, offset)
+            writer.write(data)
+            writer.end()
+        finally:
+            self._writers.append(writer)
 
     def flush(self) -> None:
         """No-op: nothing is buffered."""

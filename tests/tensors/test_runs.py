@@ -1,0 +1,91 @@
+"""Runs of bytes are written where they belong, whatever their offsets and lengths, past the page cache or not."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.system import LARGE, PAGE
+from ckpt_convert.tensors.runs import BUFFER, RunWriter
+
+SIZE = 5 * BUFFER + 12345
+
+
+@pytest.fixture
+def content() -> memoryview:
+    return np.random.default_rng(0).integers(0, 255, SIZE, dtype=np.uint8).data
+
+
+def write(folder: Folder, content: memoryview, cuts: list[int], blocks: int) -> list[bool]:
+    """Write the content in runs between the cuts, the last one first, each in blocks; whether each write was direct."""
+    direct = []
+    true = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        direct.append(_is_direct(fd))
+        return true(fd, data, offset)
+
+    writer = RunWriter()
+    with pytest.MonkeyPatch.context() as patch, folder.file("file", len(content)) as file:
+        patch.setattr(os, "pwrite", pwrite)
+        for start, end in reversed([*zip(cuts, [*cuts[1:], len(content)], strict=True)]):
+            writer.begin(file, start)
+            for at in range(start, end, blocks):
+                writer.write(content[at : min(at + blocks, end)])
+            writer.end()
+        file.sync()
+    return direct
+
+
+def _is_direct(fd: int) -> bool:
+    flags = next(
+        line.split()[1] for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines() if "flags" in line
+    )
+    return bool(int(flags, 8) & os.O_DIRECT)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("past_cache", [False, True])
+def test_any_runs_make_up_the_file(seed: int, past_cache: bool, content: memoryview, tmp_path: Path) -> None:
+    chance = random.Random(seed)
+    cuts = sorted({0, PAGE, 3 * PAGE + 1, *(chance.randrange(SIZE) for _ in range(6))})
+    with Folder.at(tmp_path) as folder:
+        write(folder.past_cache() if past_cache else folder, content, cuts, chance.choice([1 << 20, 999_983]))
+    assert (tmp_path / "file").read_bytes() == content
+
+
+def test_whole_pages_go_past_the_cache_where_that_is_asked_for(content: memoryview, tmp_path: Path) -> None:
+    with Folder.at(tmp_path) as folder:
+        direct = folder.past_cache()
+        with direct.file("other", 0) as file:
+            if not file.is_past_cache:
+                pytest.skip("the file system of the temporary directory has no such writes")
+        whole = write(direct, content, [0], LARGE)
+        assert whole == [True] * 5 + [False]  # the rest is too short
+        (tmp_path / "file").unlink()
+    with Folder.at(tmp_path) as folder:
+        assert not any(write(folder, content, [0], LARGE))
+
+
+def test_a_system_that_refuses_such_writes_gets_ordinary_ones(
+    content: memoryview, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true = os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        if _is_direct(fd):
+            raise OSError(22, "Invalid argument")
+        return true(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with Folder.at(tmp_path) as folder, folder.past_cache().file("file", SIZE) as file:
+        writer = RunWriter()
+        writer.begin(file, 0)
+        writer.write(content)
+        writer.end()
+    assert (tmp_path / "file").read_bytes() == content
