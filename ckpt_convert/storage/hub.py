@@ -117,6 +117,15 @@ def _commit(folder: Place, ref: str) -> str | None:
     return place.read(256).decode(errors="replace").strip()
 
 
+def repository_of(place: Place) -> HubId | None:
+    """The repository that a place is of, on the Hub or in its cache; None for any other place."""
+    text = str(place)
+    if text.startswith(PREFIX):
+        return parse_hub_id(text)
+    match = re.search(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$", text)
+    return None if match is None else HubId(match[1].replace("--", "/"), match[2], match[3] or "")
+
+
 def content_hash(file: Place) -> str | None:
     """What the Hub states of a file's content: SHA-256 of a large file, git's SHA-1 of a small one; else None.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import transformers
 from torch import nn
 
 from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, CorruptFileError, UsageError, merge_adapter
+from ckpt_convert.checkpoint.locate import locate_checkpoint
 from recipes.native_llama import NativeLlama, add_lora
-from tests.helpers import assert_same, bits, sums
+from tests.helpers import assert_same, bits, edit_json, sums
+from tests.servers.hub import FakeHub
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "output_proj", "w1", "w2", "w3")
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 64
@@ -174,6 +177,35 @@ def test_the_config_is_what_peft_writes(source: Path, tmp_path: Path) -> None:
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     assert said["base_model_name_or_path"] == str(source)
+
+
+def test_the_base_is_named_as_it_was_given(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Like PEFT: a path stays the one that was given, relative or not, and a name in the config is not taken."""
+    copy = tmp_path / "base"
+    shutil.copytree(source, copy)
+    edit_json(copy / "config.json", _name_or_path="org/what-it-was-made-from")
+    monkeypatch.chdir(tmp_path)
+    for given in ("base", copy):
+        output = tmp_path / f"run-{len(str(given))}"
+        trained(Path(given), output, steps=1)
+        said = json.loads((output / "step_1" / "adapter_config.json").read_text())
+        assert said["base_model_name_or_path"] == str(given)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_base_of_the_hub_is_named_by_its_repository(cached: bool, source: Path, hub: FakeHub, tmp_path: Path) -> None:
+    """On the Hub or in its cache, whose path no other machine has."""
+    hub.add("org/name", {file.name: file.read_bytes() for file in source.iterdir()})
+    place = locate_checkpoint("org/name", cache=cached)
+    assert place.is_local == cached
+    model = NativeLlama.from_config(source / "config.json")
+    with Checkpointer("org/name", tmp_path / "run", adapter=AdapterConfig(4, 8.0)) as checkpointer:
+        checkpointer.load_model(model)
+        add_lora(model, 4, 8.0, TARGETS)
+        checkpointer.register(model=model)
+        checkpointer.save()
+    said = json.loads((tmp_path / "run" / "step_0" / "adapter_config.json").read_text())
+    assert (said["base_model_name_or_path"], said["revision"]) == ("org/name", None)
 
 
 def test_a_model_that_peft_wraps_is_saved_as_peft_does(source: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from ckpt_convert.checkpointer.live.tensors import all_of
 from ckpt_convert.checkpointer.save.buffers import CopyBuffers, State, stage
 from ckpt_convert.convert.writing import TargetTensor
 from ckpt_convert.errors import CkptConvertError, UsageError, error_text
+from ckpt_convert.storage import hub
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
@@ -106,8 +107,7 @@ class TrainedAdapter:
         """PEFT's files of the adapter, by name; {} on ranks that do not write them."""
         if not self._writes_files:
             return {}
-        place = str(self._source.place.absolute()) if self._source.format == "hf" else None
-        return render_files(*to_peft(parts, self._config, self.modules, base_model=place))
+        return render_files(*to_peft(parts, self._config, self.modules, base_model=_base_name(self._source)))
 
     def merged_readers(self, parts: SplitTensors, owned: Mapping[str, Owned]) -> dict[str, MergedReader]:
         """What is ``owned`` of the weights, with the adapter merged in, by key; computed when it is read."""
@@ -167,6 +167,17 @@ class TrainedAdapter:
 
     def _layout(self, tensors: Tensors) -> str:
         return self._source.model_for(self._format).family.detect_column(self._format, tensors)
+
+
+def _base_name(source: Identified) -> str | None:
+    """What PEFT is to load the base from: the repository that the source is of, or the path as it was given.
+
+    Not ``_name_or_path`` in its config.json: that is what the source itself was made from.
+    """
+    if source.format != "hf":
+        return None
+    named = hub.repository_of(source.place)
+    return str(source.place) if named is None or named.path else named.repo
 
 
 def trained_tensors(parts: SplitTensors) -> dict[str, torch.Tensor]:
