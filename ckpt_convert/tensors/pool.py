@@ -150,7 +150,7 @@ class CallThread:
     It ends with this object, or with the interpreter. A call in which it is stuck is left to itself.
     """
 
-    def __init__(self, name: str, at_times: Callable[[], None], interval: float) -> None:
+    def __init__(self, name: str, at_times: Callable[[], object] = bool, interval: float = 3600.0) -> None:
         """``at_times`` is called every ``interval`` seconds; it raises nothing."""
         self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         thread = threading.Thread(target=_make_calls, args=(self._calls, at_times, interval), name=name, daemon=True)
@@ -159,9 +159,13 @@ class CallThread:
 
     def call(self, work: Callable[[], T], seconds: float) -> T:
         """The result of the work, or its error; raises TimeoutError where it has not come after so many seconds."""
+        return self.start(work).result(seconds)
+
+    def start(self, work: Callable[[], T]) -> Future[T]:
+        """The future of the work, which begins when that before it is done."""
         future: Future[T] = Future()
         self._calls.put((future, work))
-        return future.result(seconds)
+        return future
 
     def close(self) -> None:
         """End the thread."""
@@ -169,7 +173,7 @@ class CallThread:
 
 
 def _make_calls(
-    calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], at_times: Callable[[], None], interval: float
+    calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None], at_times: Callable[[], object], interval: float
 ) -> None:
     due = time.monotonic() + interval
     while True:

@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Literal
 from unittest import mock
 
 import pytest
 import torch.distributed as dist
 
 from ckpt_convert import Checkpointer, CkptConvertError
-from ckpt_convert.checkpointer.distributed import heartbeat, ranks
+from ckpt_convert.checkpointer.distributed import exchange, heartbeat, ranks
 from ckpt_convert.checkpointer.save import shared
+from ckpt_convert.convert import partition
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.test_distributed_faults import HOST, SILENCE, gone, quick_hearts
 from tests.checkpointer.training import LLAMA, make_model
@@ -124,7 +126,9 @@ def test_a_rank_that_is_alive_and_makes_another_call_is_waited_for_until_the_dea
     }
 
 
-def interrupt(here: Path, rank: int, act: Callable[[], None]) -> tuple[str, float]:
+def interrupt(
+    here: Path, rank: int, act: Callable[[], None], writers: Literal["auto", "exchange"] = "auto"
+) -> tuple[str, float]:
     """Save a step, in which something happens to a rank while it writes; what is raised, and how soon."""
     write = shared._Shared.write
 
@@ -138,7 +142,7 @@ def interrupt(here: Path, rank: int, act: Callable[[], None]) -> tuple[str, floa
         with (
             quick_hearts(),
             mock.patch.object(shared._Shared, "write", interrupted if dist.get_rank() == rank else write),
-            Checkpointer(LLAMA, here / "out", contents="weights", save_every=1) as checkpointer,
+            Checkpointer(LLAMA, here / "out", contents="weights", save_every=1, writers=writers) as checkpointer,
         ):
             checkpointer.register(model=split(make_model(), "ddp"))
             began = time.monotonic()
@@ -161,6 +165,28 @@ def test_a_rank_that_is_stopped_counts_as_gone_and_hears_so_when_it_goes_on(pool
     ended = pool.run(stop_in_a_save, tmp_path, 1, world=3, tcp=True)
     assert {text for text, _ in ended} == {gone(1, "the save of step_1")}
     assert all(SILENCE <= seconds < 4 * SILENCE for _, seconds in ended)
+    assert not list((tmp_path / "out").glob("*step*"))
+
+
+def stop_in_an_exchange(here: Path, rank: int) -> tuple[str, float]:
+    """A rank stops itself in a round of an exchange, and continues once the last one has raised."""
+    swap, rounds = exchange.Exchange.swap, iter(range(1000))
+
+    def stopped(self: exchange.Exchange, *given: Any) -> None:
+        if next(rounds) == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        swap(self, *given)
+
+    with (
+        mock.patch.object(partition, "PIECE", 1 << 13),
+        mock.patch.object(exchange.Exchange, "swap", stopped if dist.get_rank() == rank else swap),
+    ):
+        return interrupt(here, rank, lambda: None, writers="exchange")
+
+
+def test_a_rank_that_is_stopped_in_an_exchange_counts_as_gone(pool: Pool, tmp_path: Path) -> None:
+    ended = pool.run(stop_in_an_exchange, tmp_path, 1, world=3, tcp=True)
+    assert {text for text, _ in ended} == {gone(1, "the save of step_1")}
     assert not list((tmp_path / "out").glob("*step*"))
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from ckpt_convert.checkpointer.distributed import heartbeat
 from ckpt_convert.checkpointer.distributed import ranks as talk
+from ckpt_convert.checkpointer.distributed.heartbeat import Vigil
 from ckpt_convert.checkpointer.distributed.ranks import Ranks
 from ckpt_convert.convert import partition
 from ckpt_convert.convert.boxes import Bytes, boxes_of, fill_message, message_size, place_message
@@ -28,6 +31,7 @@ from ckpt_convert.convert.sources import NumberedTensors, Sources
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32, CRC64
 from ckpt_convert.tensors.blocks import BlockReader
+from ckpt_convert.tensors.pool import CallThread
 from ckpt_convert.tensors.progress import ProgressCounter
 from ckpt_convert.tensors.runs import RunWriter
 
@@ -39,11 +43,16 @@ class BrokenExchangeError(CkptConvertError):
 
 
 class Exchange:
-    """Connections to the other ranks, which are made with the first exchange, and again after a save that failed."""
+    """Connections to the other ranks, which are made with the first exchange, and again after a save that failed.
+
+    gloo waits for a rank that is stopped as long as for one that is slow. So a thread waits for gloo, and is left to
+    itself where the first rank finds that another one is not heard of any more, or the others that the first one is.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self._group: Any = None
+        self._thread: CallThread | None = None
         self._saves = 0
         self._memory: dict[str, Bytes] = {}
 
@@ -67,7 +76,7 @@ class Exchange:
 
     def close(self) -> None:
         """Close the connections, so that no rank waits for this one."""
-        self._group = None
+        self._group = self._thread = None
 
     def swap(self, sizes: Sequence[int], fill: Callable[[int, Bytes], None], take: Callable[[Bytes], None]) -> None:
         """Send each rank a message of its size, and take those that arrive, this rank's own among them.
@@ -97,10 +106,9 @@ class Exchange:
 
     def _sizes(self, sending: Sequence[int]) -> list[int]:
         """The sizes of the messages that every rank sends this one, given those that it sends."""
-        with _broken_off():
-            out = torch.tensor(sending, dtype=torch.int64)
-            found = torch.empty_like(out)
-            self._connected().alltoall_base(found, out, [], []).wait()
+        out = torch.tensor(sending, dtype=torch.int64)
+        found = torch.empty_like(out)
+        self._wait(lambda: self._connected().alltoall_base(found, out, [], []).wait())
         return [int(size) for size in found.tolist()]
 
     def _begin(self, what: Literal["send", "recv"], data: Bytes, rank: int) -> Any:
@@ -109,10 +117,37 @@ class Exchange:
 
     def _end(self, work: Any) -> None:
         try:
-            with _broken_off():
-                work.wait()
+            self._wait(work.wait)
         finally:
             del work  # the error's traceback would keep it
+
+    def _wait(self, act: Callable[[], object]) -> None:
+        """Let the thread do something that waits for other ranks, as long as they are heard of."""
+        self._thread = self._thread or CallThread("ckpt-convert-exchange")
+        future = self._thread.start(partial(_with, self._group, act))
+        vigil = Vigil(self.ranks.name, 0, self.ranks.line.gone)
+        try:
+            while True:
+                try:
+                    with _broken_off():
+                        return future.result(heartbeat.BEAT)
+                except TimeoutError:
+                    self._refuse_silence(vigil)
+        finally:
+            del act, future  # what is under way keeps the connections open
+
+    def _refuse_silence(self, vigil: Vigil) -> None:
+        """Raise BrokenExchangeError where a rank is not heard of any more.
+
+        The first rank looks at all others and tells them, so that their questions to the store are as many as they are.
+        """
+        ranks, broken = self.ranks, f"exchange/{self._saves}/broken"
+        watched = range(1, ranks.count) if ranks.is_first else [0]
+        vigil.look({rank: ranks.beat_of(rank) for rank in watched})
+        if ranks.is_first and vigil.silent:
+            ranks.propose(broken, b"1")
+        if vigil.silent or ranks.proposed(broken):
+            raise BrokenExchangeError("a rank was not heard of any more while the ranks exchanged slices")
 
     def _connected(self) -> Any:
         if self._group is None:
@@ -122,6 +157,11 @@ class Exchange:
             limit = timedelta(seconds=talk.DEADLINE)
             self._group = dist.ProcessGroupGloo(store, self.ranks.rank, self.ranks.count, limit)
         return self._group
+
+
+def _with(group: Any, act: Callable[[], object]) -> None:
+    """Do something that needs a group, which is kept until then: where it is the last to have it, it closes it."""
+    act()
 
 
 @contextlib.contextmanager
