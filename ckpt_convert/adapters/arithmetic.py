@@ -50,7 +50,13 @@ def merge_block(
         out *= out.dtype.type(scale)
         out += base
         if magnitude is not None:
-            out *= (magnitude / np.sqrt((out * out).sum(axis=1)))[:, None]
+            _rescale(out, magnitude)
+
+
+def _rescale(rows: Array, magnitude: Array) -> None:
+    """Give each row its magnitude as its length, in float64: in float32, the length alone is off by some ulps."""
+    length = np.sqrt(np.square(rows, dtype=np.float64).sum(axis=1))
+    np.multiply(rows, (magnitude / length)[:, None], out=rows, casting="unsafe")
 
 
 def _columns(left: Array, right: Array, columns: Ranges | None, out: Array) -> None:

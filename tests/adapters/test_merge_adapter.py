@@ -73,11 +73,16 @@ def adapter(
 
 def exact(weight: torch.Tensor, tensors: Tensors, name: str, scale: float) -> torch.Tensor:
     """The merged weight in float64, by a formula of this test's own."""
-    a, b = (tensors[f"{PEFT}{name}.lora_{letter}.weight"].double() for letter in "AB")
-    merged = weight.double() + scale * (b @ a)
+    merged = weight.double() + scale * exact_delta(tensors, name)
     if (magnitude := tensors.get(f"{PEFT}{name}.lora_magnitude_vector")) is not None:
         merged *= magnitude.double()[:, None] / merged.norm(dim=1, keepdim=True)
     return merged
+
+
+def exact_delta(tensors: Tensors, name: str) -> torch.Tensor:
+    """B · A in float64."""
+    a, b = (tensors[f"{PEFT}{name}.lora_{letter}.weight"].double() for letter in "AB")
+    return b @ a
 
 
 def half_ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -172,7 +177,33 @@ def test_pefts_own_merge(tmp_path: Path, options: dict[str, Any], dtype: torch.d
         theirs = expected[key].double()
         # Where W and the delta cancel, an ulp of the sum is less than one of what was summed.
         near = 2 * half_ulp(torch.maximum(theirs.abs(), before[key].double().abs()), dtype)
-        assert ((tensor.double() - theirs).abs() <= (4 if options.get("use_dora") else 1) * near).all(), key
+        if not (options.get("use_dora") and dtype == torch.float32):
+            assert ((tensor.double() - theirs).abs() <= near).all(), key
+
+
+def test_pefts_own_dora_is_farther_from_the_exact_value(tmp_path: Path) -> None:
+    """PEFT takes the length of a row in float32, and rounds it, the factor and the product; here one is rounded."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    source = base(tmp_path / "base", torch.float32)
+    before, errors = read_safetensors(source), []
+    given = adapter(tmp_path / "adapter", before, use_dora=True)
+    model = peft.PeftModel.from_pretrained(transformers.LlamaForCausalLM.from_pretrained(source), given)
+    expected = {key: one.detach() for key, one in model.merge_and_unload().state_dict().items()}
+    merge_adapter(source, given, tmp_path / "out")
+    found, parts = read_safetensors(tmp_path / "out"), read_safetensors(given)
+    for name in {key.removeprefix(PEFT).rpartition(".lora_")[0] for key in parts}:
+        weight, scale = before[f"{name}.weight"].double(), ALPHA / RANK
+        merged = exact(weight, parts, name, scale)
+        a, b = (parts[f"{PEFT}{name}.lora_{letter}.weight"].double().abs() for letter in "AB")
+        factor = merged.norm(dim=1, keepdim=True) / (weight + scale * exact_delta(parts, name)).norm(
+            dim=1, keepdim=True
+        )
+        # What was summed, which is more than the sum where W and the delta cancel.
+        near = 2 * half_ulp(torch.maximum(merged.abs(), factor * (weight.abs() + scale * (b @ a))), torch.float32)
+        errors.append([((one[f"{name}.weight"].double() - merged).abs() / near).flatten() for one in (found, expected)])
+    ours, theirs = map(torch.cat, zip(*errors, strict=True))
+    assert ours.max() <= theirs.max()
+    assert ours.mean() < 0.85 * theirs.mean()
 
 
 def test_torchtunes_adapter(tmp_path: Path) -> None:
