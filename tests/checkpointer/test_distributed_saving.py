@@ -147,6 +147,11 @@ def train_full(out: Path, model: nn.Module, source: Path, until: int, **options:
         while checkpointer.progress.step < until:
             optimize(model, optimizer)
             checkpointer.step()
+    return whole_state(model, optimizer)
+
+
+def whole_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """What an optimizer has, whole, by the names of the parameters."""
     return {
         f"{name.removeprefix('module.')}/{key}": one.full_tensor() if isinstance(one, DTensor) else one
         for name, parameter in model.named_parameters()
