@@ -536,3 +536,25 @@ def test_what_is_in_the_way_of_later_steps_in_the_store_is_told_at_the_start(
     with Checkpointer(source, run, local_dir=tmp_path / "staged") as checkpointer:
         checkpointer.register(**trained.parts)
     assert "memory://runs/mine/step_4: is there already and is no checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["removed", "amended"])
+def test_a_step_that_another_thread_changes_while_steps_are_looked_at(
+    change: str, source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(source, run, 4, local_dir=tmp_path / "staged")
+    true, seen = saved_steps.read_manifest, threading.Event()
+
+    def changes(place: Place) -> Any:
+        if place.name == "step_2" and not seen.is_set():
+            seen.set()
+            manifest = str(place.path / MANIFEST)
+            data = store_of(run).files[manifest]
+            store_of(run).delete([manifest])
+            if change == "amended":
+                store_of(run).put(manifest, data)
+        return true(place)
+
+    monkeypatch.setattr(saved_steps, "read_manifest", changes)
+    assert steps(run) == (["step_4"] if change == "removed" else ["step_2", "step_4"])
+    assert seen.is_set()

@@ -25,6 +25,7 @@ from ckpt_convert.errors import (
     ConfigError,
     CorruptFileError,
     NewerVersionError,
+    SourceChangedError,
     UsageError,
     error_text,
 )
@@ -123,7 +124,13 @@ def read_step(directory: Place, saver: str = "default", *, renamed: bool = False
     ``renamed`` also accepts one that was copied or moved to another name. Damage is a warning. Raises NewerVersionError
     for a checkpoint of a newer version.
     """
-    directory = directory.listed()
+    try:
+        return _read_step(directory.listed(), saver, renamed)
+    except SourceChangedError:  # since it was listed, another thread has removed it, or given it a metric
+        return _read_step(directory.without_listing().listed(), saver, renamed)
+
+
+def _read_step(directory: Place, saver: str, renamed: bool) -> SavedStep | None:
     try:
         found = _section(directory, None if renamed else directory.name)
     except NewerVersionError:

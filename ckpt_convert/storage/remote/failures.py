@@ -100,6 +100,7 @@ def asking(label: str, operation: str, kind: type[CkptConvertError] = Unreadable
 
     ``label`` names what was asked for, and ``operation`` completes "cannot be …".
     """
+    import obstore  # noqa: F401  # whole: in the middle of another thread's import, its submodule would be found empty
     from obstore.exceptions import BaseError
 
     try:

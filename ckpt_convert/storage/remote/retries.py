@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 _FIRST_WAIT = 0.1
 _LONGEST_WAIT = 15.0
+_chance = random.Random()
+"""Not the generator that all of the process share: a training run draws from that, and is resumed with its state."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Retries:
         deadline = time.monotonic() + self.seconds
         for number in range(self.most + 1):
             yield number
-            pause = min(_FIRST_WAIT * 2**number, _LONGEST_WAIT) * (0.5 + random.random() / 2)
+            pause = min(_FIRST_WAIT * 2**number, _LONGEST_WAIT) * (0.5 + _chance.random() / 2)
             if number == self.most or time.monotonic() + pause > deadline:
                 return
             time.sleep(pause)
