@@ -12,6 +12,10 @@ from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
 
 
+_FEW = 16
+"""One in so many pairs of codes may have different signs before all are put in the order of their values."""
+
+
 @dataclass(frozen=True, slots=True)
 class Delta:
     """The difference between two tensors of one shape; ``at`` and ``first`` are flat indices, row-major.
@@ -188,15 +192,26 @@ def _by_element(numbers: Array, codec: Codec) -> Array:
 def _ulps(codec: Codec, one: Array, other: Array, scratch: Scratch) -> Array:
     """The distance of each pair in steps between values of the dtype; both zeros are one value."""
     a, b = decode.unpack_codes(codec, one), decode.unpack_codes(codec, other)
-    if codec.kind == "float":
-        a, b = _ordered(a, scratch, 3), _ordered(b, scratch, 4)
+    opposite = _opposite(a, b, scratch) if codec.kind == "float" else None
+    if opposite is not None and len(opposite) > len(a) // _FEW:
+        a, b, opposite = _ordered(a, scratch, 3), _ordered(b, scratch, 4), None
     # Into reused memory: allocating costs more than the operations.
     found, rest = (scratch.take(number, a.dtype.str, len(a)) for number in (5, 6))
     np.maximum(a, b, out=found)
     np.minimum(a, b, out=rest)
     np.subtract(found, rest, out=found)
     found = found.view(codec.unit_dtype)
+    if opposite is not None:
+        magnitude = np.array((1 << 8 * a.itemsize - 1) - 1, a.dtype)
+        found[opposite] = (a[opposite] & magnitude) + (b[opposite] & magnitude)
     return found >> 4 if codec.values_per_unit == 2 else found
+
+
+def _opposite(a: Array, b: Array, scratch: Scratch) -> Array | None:
+    """Where two codes have different signs; None if they nowhere have. The others differ by as much as their codes."""
+    signs = np.bitwise_xor(a, b, out=scratch.take(5, a.dtype.str, len(a)))
+    sign = 1 << 8 * a.itemsize - 1
+    return np.flatnonzero(signs >= np.array(sign, a.dtype)) if int(np.maximum.reduce(signs)) >= sign else None
 
 
 def _ordered(codes: Array, scratch: Scratch, number: int) -> Array:
