@@ -269,6 +269,20 @@ def test_any_two_small_floats(dtype: str, block: int | None) -> None:
     assert found.max_ulp == int((places[0] - places[1]).abs().max())
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F32", "F8_E5M2"])
+@pytest.mark.parametrize("share", [0, 0.001, 0.5])
+def test_steps_between_values_of_which_some_have_other_signs(dtype: str, share: float) -> None:
+    random = np.random.default_rng(3)
+    size = DTYPES[dtype].bits // 8
+    magnitudes = random.integers(0, 1 << (8 * size - 3), (2, 4000))
+    magnitudes[1] = np.minimum(magnitudes[0] + random.integers(0, 9, 4000), (1 << (8 * size - 3)) - 1)
+    signs = np.where(random.random((2, 4000)) < np.array([[0.5], [0.0]]), -1, 1)
+    signs[1] = np.where(random.random(4000) < share, -signs[0], signs[0])
+    codes = (magnitudes + (signs < 0) * (1 << (8 * size - 1))).astype(f"<u{size}")
+    found = compared(dtype, codes[0].tobytes(), dtype, codes[1].tobytes())
+    assert found.max_ulp == int(np.abs(signs[0] * magnitudes[0] - signs[1] * magnitudes[1]).max())
+
+
 @pytest.mark.parametrize("dtype", ["F64", "F32", "I16", "I8", "U16", "U8", "I32", "U32"])
 @pytest.mark.parametrize("block", [None, 1000])
 def test_any_two_others(dtype: str, block: int | None) -> None:

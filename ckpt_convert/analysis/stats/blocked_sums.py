@@ -41,14 +41,6 @@ def as_bytes(data: Data) -> Array:
     return data.reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
 
 
-def same_bytes(one: Array, other: Array) -> bool:
-    """Whether two arrays (uint8) of equal length hold the same bytes."""
-    whole = len(one) & ~7
-    return np.array_equal(one[:whole].view("<u8"), other[:whole].view("<u8")) and np.array_equal(
-        one[whole:], other[whole:]
-    )
-
-
 def total(numbers: Array) -> float:
     """The sum; for float32 to six digits of the sum of the magnitudes."""
     if numbers.dtype == np.float32:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_convert.analysis.stats.blocked_sums import LARGEST, Data, as_bytes, cache_blocks, norm, same_bytes, total
+from ckpt_convert.analysis.stats.blocked_sums import LARGEST, Data, as_bytes, cache_blocks, norm, total
 from ckpt_convert.tensors import decode
+from ckpt_convert.tensors.blocks import same_bytes
 from ckpt_convert.tensors.decode import Array, Codec, Scratch
-
 
 _FEW = 16
 """One in so many pairs of codes may have different signs before all are put in the order of their values."""
