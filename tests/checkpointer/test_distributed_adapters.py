@@ -19,6 +19,7 @@ from ckpt_convert.checkpoint.record import MANIFEST
 from recipes.native_llama import NativeLlama, add_lora
 from tests.checkpointer.pool import Pool
 from tests.checkpointer.test_distributed_saving import optimize
+from tests.checkpointer.test_distributed_speaking import lines_of
 from tests.checkpointer.training import make_model, trainable
 from tests.helpers import assert_same, sums
 
@@ -127,6 +128,28 @@ def test_merged_weights_beside_the_adapter(
     expected = check(tmp_path, source, 2, dora, **options)
     assert_same(found, expected)
     assert (tmp_path / "out" / "step_2" / "merged" / "model.safetensors.index.json").exists()
+
+
+def save_too_large(here: Path, out: str, how: str | None, writers: Any = "auto") -> list[str]:
+    """Save weights of float16 that an adapter makes infinite; the warnings that are logged."""
+    model = split(model_of(dora=False).half(), how) if how else model_of(dora=False).half()
+    config = AdapterConfig(3, 1e6, modules_to_save=("norm",))
+    with Checkpointer(here / "source", here / out, adapter=config, merged=True, writers=writers) as checkpointer:
+        checkpointer.load_model(model)
+        checkpointer.register(model=model)
+        lines = lines_of(checkpointer.save)
+    return [line.replace(str(here / out), "OUT") for line in lines if line.startswith("WARNING")]
+
+
+@pytest.mark.parametrize(("how", "writers"), [("fsdp", "direct"), ("fsdp x tp", "direct"), ("tp", "exchange")])
+def test_values_that_merging_makes_infinite_are_told_once(pool: Pool, how: str, writers: str, tmp_path: Path) -> None:
+    trainable(tmp_path / "source", dtype=torch.float16)
+    expected = save_too_large(tmp_path, "alone", None)
+    assert len(expected) == 1
+    assert "finite values become infinite" in expected[0]
+    first, *others = pool.run(save_too_large, tmp_path, "out", how, writers, world=4)
+    assert first == expected
+    assert others == [[]] * 3
 
 
 @pytest.mark.parametrize("contents", ["full", "adapter", "weights"])

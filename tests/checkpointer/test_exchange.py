@@ -28,9 +28,10 @@ from ckpt_convert.convert import combine, partition, sharing
 from ckpt_convert.convert.sharing import PAGE
 from ckpt_convert.storage import by_rename
 from ckpt_convert.tensors.lazy import BLOCK, SCRATCH
+from tests.checkpoint.quantizing import fp8_llama
 from tests.checkpointer.pool import Pool, split
 from tests.checkpointer.test_distributed_saving import check, save_slices, train_split, update
-from tests.checkpointer.training import LLAMA, make_model
+from tests.checkpointer.training import LLAMA, make_model, trainable
 from tests.helpers import GOLDEN, sums
 
 SMALL = 1 << 13
@@ -70,6 +71,15 @@ def test_every_step_between_slices_and_files(pool: Pool, family: str, model_form
     assert min(pool.run(save_slices_by_owners, tmp_path, source, model_format, world=4)) > 2
     found = {name: one for name, one in sums(tmp_path / "out" / "step_0").items() if name.endswith(".safetensors")}
     assert found.items() <= sums(source).items()
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tp"])
+def test_a_source_of_quantized_blocks(pool: Pool, how: str, tmp_path: Path) -> None:
+    """Its tensors are written dequantized, in the files of one process; blocks cross what ranks have."""
+    source = tmp_path / "source"
+    fp8_llama(source, source=trainable(tmp_path / "plain", dtype=torch.bfloat16))
+    pool.run(train_split, tmp_path, how, source, {"writers": "exchange"}, world=3)
+    check(tmp_path, source)
 
 
 # Which rank writes what, and when

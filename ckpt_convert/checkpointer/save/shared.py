@@ -9,7 +9,8 @@ learn how that ended.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +23,7 @@ from ckpt_convert.checkpointer.save.writer import (
     StepContents,
     complete,
     explained,
+    merged_overflows,
     staged,
     warn_of_losses,
 )
@@ -153,11 +155,11 @@ class _Shared(contextlib.ExitStack):
                 try:
                     parts = self._write_weights(self._step.weights, inner, Look.from_json(found), int(exchanged, 16))
                 except BrokenExchangeError as error:
-                    return packed([[], None, str(error)])
+                    return packed([[], None, {}, str(error)])
             if isinstance(self._step.state, SharedState):
                 into = self._step.state_folder(folder)
                 state = shared_state.write_own(into, self._step.state, first, self._workers)
-        return packed([[part.as_json() for part in parts], state, ""])
+        return packed([[part.as_json() for part in parts], state, merged_overflows(self._step), ""])
 
     def _write_weights(self, planned: OpenPlan, folder: Folder, found: Look, bits: int) -> list[WrittenPart]:
         plan = agreement.settle(planned.plan, found)
@@ -179,23 +181,27 @@ class _Shared(contextlib.ExitStack):
         """Put together what all ranks have written, and publish it."""
         with explained(self._destination):
             said = [unpacked(report) for report in reports]
-            if lost := [text for _, _, text in said if text]:
+            if lost := [text for *_, text in said if text]:
                 # Where a rank has ended or failed, that is what was raised.
                 raise CkptConvertError(
                     f"{lost[0]}; {self._destination.name} was not saved, earlier steps are untouched"
                 )
-            parts = [WrittenPart(*part) for written, _, _ in said for part in written]
-            weights = self._finish_weights(self._step.weights, parts) if self._step.weights is not None else None
+            parts = [WrittenPart(*part) for written, *_ in said for part in written]
+            merged = sum((Counter(overflows) for _, _, overflows, _ in said), Counter[str]())
+            planned = self._step.weights
+            weights = None if planned is None else self._finish_weights(planned, parts, merged)
             state = None
             if isinstance(self._step.state, SharedState):
                 inner = self._staging.folder.subfolder(TRAINING_STATE)
-                state = shared_state.finish(inner, self._step.state, [state for _, state, _ in said])
+                state = shared_state.finish(inner, self._step.state, [state for _, state, *_ in said])
             complete(self._step, self._staging, weights, state)
             self.close()
         published()
         return [b""]
 
-    def _finish_weights(self, planned: OpenPlan, parts: Sequence[WrittenPart]) -> dict[str, Any]:
+    def _finish_weights(
+        self, planned: OpenPlan, parts: Sequence[WrittenPart], merged: Mapping[str, int]
+    ) -> dict[str, Any]:
         plan = planned.plan
         whole = whole_pieces(split_into_pieces(plan.files), parts)
         for one in whole:
@@ -203,5 +209,5 @@ class _Shared(contextlib.ExitStack):
         folder = self._step.weights_folder(self._staging.folder)
         written = output.finish_output(plan, whole, self._staged, folder, self._workers, None)
         lost = {key: count for key, count in self._found.nonzero.items() if count}
-        warn_of_losses(self._step, self._staging, lost, written.overflows)
+        warn_of_losses(self._step, self._staging, lost, {**written.overflows, **merged})
         return written.manifest

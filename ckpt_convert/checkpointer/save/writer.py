@@ -207,9 +207,16 @@ def _weights(
     lost = check_losses(plan, sources)
     folder = step.weights_folder(staging.folder)
     written = output.write_output(plan, sources, staging, workers, progress, folder, phase=SAVING)
-    merged = {reader.name: reader.overflowed for reader in sources.values() if isinstance(reader, MergedReader)}
-    warn_of_losses(step, staging, lost, written.overflows | {key: count for key, count in merged.items() if count})
+    warn_of_losses(step, staging, lost, written.overflows | merged_overflows(step))
     return written.manifest
+
+
+def merged_overflows(step: StepContents) -> dict[str, int]:
+    """Count by key the finite base values that became infinite when this process merged an adapter into them."""
+    if step.weights is None or step.weights_in != record.MERGED:
+        return {}
+    readers = (reader for reader in step.weights.sources.values() if isinstance(reader, MergedReader))
+    return {reader.name: reader.overflowed for reader in readers if reader.overflowed}
 
 
 def warn_of_losses(step: StepContents, staging: Stage, lost: Mapping[str, int], overflows: Mapping[str, int]) -> None:
