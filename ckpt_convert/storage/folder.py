@@ -277,6 +277,8 @@ class StagedFile:
         self._folder = folder
         self._fd = fd
         self._direct = -1
+        # Linux lets one thread at a time copy to the cache of a file, and others spin meanwhile; on a lock they sleep.
+        self._turn = threading.Lock()
         try:
             with folder.writing(name, "made"):
                 os.ftruncate(fd, size)
@@ -295,8 +297,9 @@ class StagedFile:
     def write(self, offset: int, data: memoryview) -> None:
         with self._folder.writing(self.name, "written"):
             done = self._written_past_cache(offset, data)
-            while done < len(data):
-                done += os.pwrite(self._fd, data[done:], offset + done)
+            with self._turn:
+                while done < len(data):
+                    done += os.pwrite(self._fd, data[done:], offset + done)
             if done >= _FLUSHED and not self.is_past_cache and hasattr(os, "posix_fadvise"):
                 with contextlib.suppress(OSError):  # the flush is what counts
                     os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
