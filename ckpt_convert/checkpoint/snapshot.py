@@ -60,4 +60,5 @@ def _located(keys: Keys, file: WeightFile) -> tuple[Header | None, RangeReader]:
         return None, file.reader  # each rank has its own metadata, which fits no other file
     if file.header.objects or not all(keys.is_weight(tensor.key) for tensor in file.header.tensors):
         return None, file.reader
-    return dcp.resolve_offsets(dcp.DcpFile(file.name, file.place, file.reader, file.header)), file.place.open()
+    header = dcp.resolve_offsets(dcp.DcpFile(file.name, file.place, file.reader, file.header))
+    return header, dcp.whole_file(file.reader, file.place)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, RecordedFile, capture_layout, find_gaps
 from ckpt_convert.errors import CorruptFileError
 from ckpt_convert.storage.base import RangeReader, read_range
+from ckpt_convert.storage.object_store import ObjectFile
 from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Header",
     "StoredTensor",
     "capture_layout",
+    "join_small",
     "parse_header",
     "parse_layout",
 ]
@@ -35,23 +37,35 @@ def parse_header(reader: RangeReader, *, foreign: bool = False) -> tuple[RangeRe
     Returns the reader with it. A pickle that names unknown classes is refused; with ``foreign``, such objects are
     skipped. Raises CorruptFileError if the file is of no known kind, and as the parser of its kind does.
     """
+    header = _parse(reader, foreign)
+    join_small(reader, header.tensors)
+    return reader, header
+
+
+def _parse(reader: RangeReader, foreign: bool) -> Header:
     start = read_range(reader, 0, min(reader.size, 32))
     # A safetensors file starts with a length, which may equal any magic number: look for the brace first.
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= safetensors.MAX_HEADER:
-        return reader, safetensors.parse(reader)
+        return safetensors.parse(reader)
     if start.startswith(_GGUF):
         from ckpt_convert.containers import gguf
 
-        return reader, gguf.parse(reader)
+        return gguf.parse(reader)
     from ckpt_convert.containers.torch_zip import torchzip  # slow to import, and often not needed
 
     if torchzip.is_zip(reader):
-        return reader, torchzip.parse(reader, foreign=foreign)
+        return torchzip.parse(reader, foreign=foreign)
     if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         from ckpt_convert.containers import legacy
 
-        return reader, legacy.parse(reader, foreign=foreign)
+        return legacy.parse(reader, foreign=foreign)
     raise CorruptFileError(f"{reader.name}: {_guess(start)}")
+
+
+def join_small(reader: RangeReader, tensors: Iterable[StoredTensor]) -> None:
+    """Have the small ones of these tensors read together where they are neighbors in a file of a store."""
+    if isinstance(reader, ObjectFile):
+        reader.join((tensor.offset, tensor.offset + tensor.nbytes) for tensor in tensors if tensor.strides is None)
 
 
 def parse_layout(name: str, size: int, literals: Sequence[tuple[int, bytes]]) -> FileLayout:

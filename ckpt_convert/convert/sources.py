@@ -10,6 +10,7 @@ from typing import NamedTuple, overload
 from ckpt_convert.checkpoint.checkpoint import open_identified
 from ckpt_convert.checkpoint.dequantize import dequantize_if_asked
 from ckpt_convert.checkpoint.identify import Identified
+from ckpt_convert.containers import join_small
 from ckpt_convert.containers.dcp import dcp
 from ckpt_convert.convert.plan import COMPUTED, Plan, SourceFile, memory_key
 from ckpt_convert.errors import UsageError
@@ -104,7 +105,13 @@ class ReopenedSources(Mapping[SourceFile, RangeReader]):
         if source.kind == dcp.KIND:
             files, _ = dcp.read_dcp_directory(source.place.parent)
             return next(file.reader for file in files if file.place == source.place)
-        return source.place.open(expected=source.identity)
+        reader = source.place.open(expected=source.identity)
+        number = self._plan.sources.index(source)
+        join_small(
+            reader,
+            (one for one, at in zip(self._plan.stored, self._plan.stored_in, strict=True) if at == number),
+        )
+        return reader
 
     def _as_numbers(self) -> Identified:
         """The dequantized view of the quantized checkpoint that the plan reads."""

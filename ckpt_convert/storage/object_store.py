@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,8 +29,20 @@ AT_ONCE = 32
 _WINDOWS = 64
 """Windows that are cached."""
 
+_SMALL = 1 << 20
+"""Bytes of the largest range that is read together with its neighbors."""
+
+_CLOSE = 1 << 12
+"""Bytes between small ranges that are read together, such as the headers of an archive's members."""
+
+_RUNS = 4
+"""Runs of small ranges that are cached for each file, of at most ``CHUNK`` bytes each."""
+
 _GAP = 1 << 18
 """Ranges no further apart than this are read in one request: the bytes between cost less than another request."""
+
+
+_Range = tuple[int, int]
 
 
 class ObjectFile:
@@ -40,40 +53,80 @@ class ObjectFile:
         self.identity = identity
         self.size = identity.size
         self._fetch = fetch
-        self._windows: dict[int, bytes | memoryview] = {}
-        self._gates: dict[int, threading.Lock] = {}
+        self.is_joined = False
+        self._runs: list[_Range] = []
+        self._windows: dict[_Range, bytes | memoryview] = {}
+        self._fetched_runs: dict[_Range, bytes | memoryview] = {}
+        self._gates: dict[_Range, threading.Lock] = {}
         self._lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type[ObjectFile], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[type[ObjectFile], tuple[object, ...], dict[str, object]]:
         """Another process reads the same file, if it can be given ``fetch``."""
-        return ObjectFile, (self.name, self.identity, self._fetch)
+        return ObjectFile, (self.name, self.identity, self._fetch), {"_runs": self._runs}
+
+    def join(self, ranges: Iterable[_Range], small: int = _SMALL) -> None:
+        """Note ranges, as (start, stop), that are going to be read: of ``small`` ones, one brings its neighbors.
+
+        What is cached already, as the edges of the file may be, is left out; what was noted before stays as it was.
+        """
+        first, last = self._window_at(0), self._window_at(self.size)
+        head = first[1] if first in self._windows else 0
+        tail = last[0] if last in self._windows else self.size
+        runs: list[_Range] = []
+        for start, stop in sorted(ranges):
+            if stop - start > small or stop <= head or start >= tail or self._run_at(start, stop) is not None:
+                continue
+            begin, end = runs[-1] if runs else (0, 0)
+            if runs and start - end <= _CLOSE and stop - begin <= CHUNK:
+                runs[-1] = (begin, max(end, stop))
+            else:
+                runs.append((start, stop))
+        self._runs = sorted([*self._runs, *runs])
+        self.is_joined = True
+
+    def _run_at(self, start: int, stop: int) -> _Range | None:
+        """The run that has all of these bytes."""
+        number = bisect_right(self._runs, (start, self.size)) - 1
+        found = self._runs[number] if number >= 0 else (0, 0)
+        return found if found[0] <= start and stop <= found[1] else None
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         self._check_end(offset, len(buffer))
-        if not len(buffer):
+        if not len(buffer) or self._read_joined(offset, buffer):
             return
         start, stop = self._window_at(offset)
         if offset + len(buffer) <= stop:
-            buffer[:] = self._window(start, stop)[offset - start :][: len(buffer)]
+            window = self._cached(self._windows, (start, stop), _WINDOWS)
+            buffer[:] = window[offset - start :][: len(buffer)]
             return
-        known = self._windows.get(start, b"")[offset - start :]  # such as the beginning of a long header
+        known = self._windows.get((start, stop), b"")[offset - start :]  # such as the beginning of a long header
         buffer[: len(known)] = known
         buffer[len(known) :] = self._fetch(offset + len(known), len(buffer) - len(known))
 
     def fetch_into(self, offset: int, buffer: memoryview) -> None:
-        """``readinto`` in one request, for exactly these bytes, or in none if they are cached."""
+        """``readinto`` in one request, for exactly these bytes and those joined with them; in none if cached."""
         self._check_end(offset, len(buffer))
+        if self._read_joined(offset, buffer):
+            return
         start, stop = self._window_at(offset)
-        known = self._windows.get(start) if offset + len(buffer) <= stop else None
+        known = self._windows.get((start, stop)) if offset + len(buffer) <= stop else None
         if known is not None:
             buffer[:] = known[offset - start :][: len(buffer)]
         else:
             buffer[:] = self._fetch(offset, len(buffer))
 
+    def _read_joined(self, offset: int, buffer: memoryview) -> bool:
+        """Whether these bytes are in a run, from which they then are taken."""
+        run = self._run_at(offset, offset + len(buffer))
+        if run is not None:
+            buffer[:] = self._cached(self._fetched_runs, run, _RUNS)[offset - run[0] :][: len(buffer)]
+        return run is not None
+
     def forget(self) -> None:
         """Drop what is cached: the header has been read, and there may be many files."""
         with self._lock:
             self._windows.clear()
+            self._fetched_runs.clear()
             self._gates.clear()
 
     def _check_end(self, offset: int, nbytes: int) -> None:
@@ -85,24 +138,27 @@ class ObjectFile:
 
     def _window_at(self, offset: int) -> tuple[int, int]:
         """The first byte of the window with this byte, and the one after its last."""
-        tail = max(EDGE, self.size - EDGE)
+        if self.size <= 2 * EDGE:
+            return 0, self.size
+        tail = self.size - EDGE
         if offset < EDGE or offset >= tail:
             return (0, min(EDGE, self.size)) if offset < EDGE else (tail, self.size)
         start = offset // WINDOW * WINDOW
         return start, min(start + WINDOW, tail)
 
-    def _window(self, start: int, stop: int) -> bytes | memoryview:
+    def _cached(self, cache: dict[_Range, bytes | memoryview], span: _Range, most: int) -> bytes | memoryview:
+        """A range from one of the caches, which holds the last ``most``."""
         with self._lock:
-            gate = self._gates.setdefault(start, threading.Lock())
-        with gate:  # of several threads that want one window, one fetches it
-            found = self._windows.get(start)
+            gate = self._gates.setdefault(span, threading.Lock())
+        with gate:  # of several threads that want one range, one fetches it
+            found = cache.get(span)
             if found is None:
-                found = self._fetch(start, stop - start)
+                found = self._fetch(span[0], span[1] - span[0])
         with self._lock:
-            self._windows[start] = found
-            if len(self._windows) > _WINDOWS:
-                oldest = next(iter(self._windows))
-                self._windows.pop(oldest)
+            cache[span] = found
+            if len(cache) > most:
+                oldest = next(iter(cache))
+                cache.pop(oldest)
                 self._gates.pop(oldest, None)
         return found
 

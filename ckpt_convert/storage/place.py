@@ -375,19 +375,31 @@ class FilePool:
 
     @contextmanager
     def open(self, place: Place, expected: Entry) -> Iterator[OpenFile]:
-        """Borrow an open file of this place, opened if none is idle; no other thread uses it meanwhile."""
+        """Borrow an open file of this place, opened if none is idle; no other thread uses it meanwhile.
+
+        Of a store, all threads share one, which has what any of them has read with the neighbors of what it wanted.
+        """
         with self._lock:
             index = next((index for index, (known, _) in enumerate(self._idle) if known == place), None)
             file = self._idle.pop(index)[1] if index is not None else None
+            shared = place.store.prefers_listing
+            if shared:
+                file = file or place.open(expected=expected)
+                self._keep(place, file)
         file = file or place.open(expected=expected)
         try:
             yield file
         finally:
-            with self._lock:
-                self._idle.append((place, file))
-                spare = self._idle.pop(0)[1] if len(self._idle) > self._most else None
-            if spare is not None:
-                spare.close()
+            if not shared:
+                with self._lock:
+                    spare = self._keep(place, file)
+                if spare is not None:
+                    spare.close()
+
+    def _keep(self, place: Place, file: OpenFile) -> OpenFile | None:
+        """Make a file the last one; returns the one that is too many."""
+        self._idle.append((place, file))
+        return self._idle.pop(0)[1] if len(self._idle) > self._most else None
 
     def close(self) -> None:
         with self._lock:

@@ -115,7 +115,7 @@ def _is_sound(entry: Any, kind: str) -> bool:
 def _whole(file: WeightFile, entry: Mapping[str, Any]) -> tuple[list[Finding], list[Span]]:
     """Every byte of a file: pieces as spans to read, the few bytes between them (headers, padding) at once."""
     pieces = [(str(key), int(offset), int(nbytes), str(checksum)) for key, offset, nbytes, checksum in entry["pieces"]]
-    reader = file.place.open(file.name) if file.header.kind == dcp.KIND else file.reader
+    reader = dcp.whole_file(file.reader, file.place) if file.header.kind == dcp.KIND else file.reader
     try:
         found, expected = digest(_between(reader, pieces), CRC64.name), str(entry["header"])
     except (CkptConvertError, OSError) as error:

@@ -21,6 +21,7 @@ from ckpt_convert.checkpoint.opening import (
     open_each,
     open_files,
 )
+from ckpt_convert.containers import join_small
 from ckpt_convert.containers.dcp import DCP_INDEX
 from ckpt_convert.errors import (
     CheckpointNotFoundError,
@@ -227,6 +228,7 @@ def _survey(path: Place, directory: WeightDirectory, weight: WeightName) -> _Sur
         return _Survey(weight.name, state.findings)
     state.findings += [Finding("error", "container", text, weight.name) for text in found.problems]
     header = found.header
+    join_small(found.reader, header.tensors if header is not None else ())
     file = WeightFile(weight.name, weight.rank, place, found.reader, header) if header is not None else None
     return _Survey(weight.name, state.findings, file, bool(found.problems))
 

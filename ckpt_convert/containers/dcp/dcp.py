@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from ckpt_convert.dtypes import DTYPES, nbytes
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, InputError
 from ckpt_convert.storage.base import Entry, OpenFile, RangeReader
 from ckpt_convert.storage.names import check_name
+from ckpt_convert.storage.object_store import ObjectFile
 from ckpt_convert.storage.place import FilePool, Place
 from ckpt_convert.tensors.header import Box, Header, StoredTensor
 
@@ -107,7 +108,8 @@ def _file(
     pool: FilePool,
 ) -> DcpFile:
     path = directory.resolve_member(name, said)
-    part = _Part(path, path.identity(), pool)
+    records = [(place.offset, place.offset + place.length) for _, place in pieces]
+    part = _Part(path, path.identity(), pool, records)
     size = part.identity.size
     for stored, place in pieces:
         if place.offset + place.length > size:
@@ -143,14 +145,22 @@ def _check_records(path: Place, pieces: Sequence[tuple[StoredTensor, Extent]]) -
 
 @dataclass(frozen=True)
 class _Part:
-    """One of the files with its identity; opened on demand, for there may be thousands."""
+    """One of the files with its identity; opened on demand, for there may be thousands.
+
+    ``records`` are the (start, stop) of its pieces; small ones of a file in a store are read with their neighbors.
+    """
 
     place: Place
     identity: Entry
     pool: FilePool
+    records: Sequence[tuple[int, int]]
 
-    def open(self) -> AbstractContextManager[OpenFile]:
-        return self.pool.open(self.place, self.identity)
+    @contextmanager
+    def open(self) -> Iterator[OpenFile]:
+        with self.pool.open(self.place, self.identity) as file:
+            if isinstance(file, ObjectFile) and not file.is_joined:
+                file.join(self.records)
+            yield file
 
 
 def _in_safetensors(part: _Part, pieces: Sequence[StoredTensor]) -> tuple[StoredTensor, ...]:
@@ -238,7 +248,7 @@ class _Records:
     def __init__(self, part: _Part, pieces: Sequence[tuple[StoredTensor, Extent]]) -> None:
         self.name = str(part.place)
         self.size = part.identity.size
-        self._part = part
+        self.part = part
         self._pieces = pieces
         self._starts = [place.offset for _, place in pieces]
         self._found: dict[int, StoredTensor] = {}
@@ -249,12 +259,12 @@ class _Records:
         within = offset - place.offset
         if within < 0 or within + len(buffer) > stored.nbytes:
             raise CorruptFileError(f"{self.name}: bytes {offset} to {offset + len(buffer)} are not those of one piece")
-        with self._part.open() as file:
+        with self.part.open() as file:
             held = self._at(number, file)
             if held.strides is None:
                 file.readinto(held.offset + within, buffer)
             elif len(buffer):
-                _gather(DcpFile(self.name, self._part.place, file, Header(KIND, file.size, ())), held, within, buffer)
+                _gather(DcpFile(self.name, self.part.place, file, Header(KIND, file.size, ())), held, within, buffer)
 
     def _at(self, number: int, file: OpenFile) -> StoredTensor:
         held = self._found.get(number)
@@ -263,11 +273,11 @@ class _Records:
         return held
 
     def close(self) -> None:
-        self._part.pool.close()
+        self.part.pool.close()
 
     def located(self, header: Header) -> Header:
         """The header with the true offsets and strides of the pieces."""
-        with self._part.open() as file:
+        with self.part.open() as file:
             held = [self._at(number, file) for number in range(len(self._pieces))]
         tensors = [
             stored._replace(offset=found.offset, strides=found.strides)
@@ -284,6 +294,11 @@ def resolve_offsets(file: DcpFile) -> Header | None:
     if isinstance(file.reader, _Reopened):
         return file.header
     return file.reader.located(file.header) if isinstance(file.reader, _Records) else None
+
+
+def whole_file(reader: RangeReader, place: Place) -> RangeReader:
+    """The bytes of the file of a ``DcpFile`` as they are, whatever the offsets of its header refer to."""
+    return _Reopened(reader.part) if isinstance(reader, _Records) else place.open()
 
 
 def _held(file: RangeReader, stored: StoredTensor, place: Extent) -> StoredTensor:

@@ -14,7 +14,7 @@ from functools import partial
 
 from ckpt_convert.errors import CorruptFileError, UnsafeFileError
 from ckpt_convert.storage.base import RangeReader, read_range
-from ckpt_convert.storage.object_store import AT_ONCE, ObjectFile
+from ckpt_convert.storage.object_store import AT_ONCE, WINDOW, ObjectFile
 from ckpt_convert.tensors.pool import map_threaded
 
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -169,6 +169,7 @@ def _located(reader: RangeReader, entries: Sequence[_Entry], limits: Sequence[in
     """The members, whose local headers are all over the file: of a file in a store, many are read at a time."""
     if not isinstance(reader, ObjectFile):
         return map(partial(_locate, reader), entries, limits)
+    reader.join(((entry.local, limit) for entry, limit in zip(entries, limits, strict=True)), 4 * WINDOW)
     return map_threaded(lambda pair: _locate(reader, *pair), zip(entries, limits, strict=True), AT_ONCE)
 
 

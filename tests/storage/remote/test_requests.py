@@ -7,10 +7,16 @@ import math
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 import ckpt_convert
+from ckpt_convert.analysis.check import check_checkpoint
+from ckpt_convert.analysis.diff.compare import compare_checkpoints
+from ckpt_convert.analysis.stats.stats import tensor_statistics
+from ckpt_convert.checkpoint.checkpoint import open_identified
 from tests.command import run
-from tests.helpers import GOLDEN
+from tests.helpers import GOLDEN, read_safetensors
 from tests.servers.s3 import Bucket, S3Server
 
 HF = GOLDEN / "llama" / "hf"
@@ -93,3 +99,69 @@ def test_a_conversion_fetches_each_byte_once(bucket: Bucket, s3_server: S3Server
     headers = sum(min(path.stat().st_size, 1 << 18) for path in HF.glob("*.safetensors"))
     fetched = sum(one.sent for one in s3_server.log.all("get") if one.name.endswith(".safetensors"))
     assert fetched <= size + headers
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with many small tensors: 363 in one file of 6 MB."""
+    made = tmp_path_factory.mktemp("deep") / "hf"
+    made.mkdir()
+    golden, generator = read_safetensors(HF), torch.Generator().manual_seed(0)
+    layer = {key: tensor.shape for key, tensor in golden.items() if ".layers.0." in key}
+    tensors = {key: tensor for key, tensor in golden.items() if ".layers." not in key}
+    for number in range(40):
+        for key, shape in layer.items():
+            tensors[key.replace(".0.", f".{number}.")] = torch.randn(shape, generator=generator)
+    config = json.loads((HF / "config.json").read_text()) | {"num_hidden_layers": 40}
+    (made / "config.json").write_text(json.dumps(config))
+    safetensors.torch.save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+    return made
+
+
+def stored_as(format: str, deep: Path, tmp_path: Path) -> Path:
+    if format != "hf":
+        ckpt_convert.convert_checkpoint(deep, tmp_path / format, to=format)
+    return tmp_path / format if format != "hf" else deep
+
+
+@pytest.mark.parametrize("format", ["hf", "meta", "torchtitan"])
+def test_small_tensors_are_read_together(
+    bucket: Bucket, s3_server: S3Server, deep: Path, tmp_path: Path, format: str
+) -> None:
+    """Whatever reads all tensors makes few requests, and fetches each byte once."""
+    source = stored_as(format, deep, tmp_path)
+    url = fill(bucket, "m", source)
+    weights = [path for path in source.iterdir() if path.suffix in (".safetensors", ".pth", ".distcp")]
+    size = sum(path.stat().st_size for path in weights)
+
+    def statistics() -> None:
+        with open_identified(url) as opened:
+            list(tensor_statistics(opened, opened.tensors, workers=2))
+
+    def each() -> None:
+        with ckpt_convert.open_checkpoint(url) as opened:
+            for key in opened:
+                opened[key].tobytes()
+
+    def differences() -> None:
+        with open_identified(url) as far, open_identified(deep) as near:
+            assert compare_checkpoints(far, near).same
+
+    for number, work in enumerate(
+        (
+            lambda: ckpt_convert.convert_checkpoint(url, tmp_path / "a", to="native"),
+            lambda: ckpt_convert.convert_checkpoint(url, tmp_path / "b", to="meta", model_parallel=2),
+            lambda: ckpt_convert.convert_checkpoint(
+                url, tmp_path / "c", to="hf", dtype="bfloat16", allow_overflow=True
+            ),
+            lambda: check_checkpoint(url),
+            statistics,
+            each,
+            differences,
+        )
+    ):
+        s3_server.log.clear()
+        work()
+        asked = [one for path in weights for one in s3_server.log.all("get", name=f"{bucket.name}/m/{path.name}")]
+        assert len(asked) <= 5, number
+        assert sum(one.sent for one in asked) <= 1.05 * size, number
