@@ -74,6 +74,12 @@ PROMISES: dict[str, tuple[str, ...]] = {
         "reliability/test_record.py::test_whatever_is_edited_renamed_or_removed_in_the_manifest_is_noticed",
         "convert/test_sidefiles.py::test_everything_comes_back_byte_for_byte",
     ),
+    "In a bucket the manifest comes last, and nothing accepts what is there before it.": (
+        "convert/test_stores.py::test_whatever_request_fails_nothing_half_written_is_accepted",
+        "reliability/test_store_faults.py::test_an_attempt_ends_and_the_next_goes_on",
+        "reliability/test_store_faults.py::test_whatever_request_fails",
+        "reliability/test_store_kills.py::test_the_next_attempt_is_as_the_only_one",
+    ),
     "A checkpoint without it works, too.": (
         "reliability/test_record.py::test_without_an_edited_manifest_the_weights_can_be_converted_as_the_message_says",
         "convert/test_golden.py::test_meta_to_hf",

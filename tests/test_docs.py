@@ -15,6 +15,7 @@ import torch
 import ckpt_convert
 from ckpt_convert.models import FAMILIES, FORMATS
 from tests.command import run
+from tests.servers.s3 import S3Server
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -71,6 +72,31 @@ def test_the_sessions_run_and_say_what_they_show(
             # Sizes differ in the small checkpoint, and so does the number of its layers.
             start = re.sub(r"\{0\.\.7\}", "{0..2}", line.split()[0])
             assert start in found, (command, line)
+
+
+def test_the_commands_and_the_python_with_buckets_run(
+    folder: Path, s3_server: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the buckets that the pages name, of a server on this machine."""
+    page = (ROOT / "docs" / "storage.md").read_text()
+    buckets = {name: s3_server.bucket(name) for name in ("bucket", "mine", "public-models")}
+    try:
+        for name, path in (("bucket", "models/llama"), ("public-models", "llama")):
+            for file in (folder / "demo" / "hf").iterdir():
+                buckets[name].put(f"{path}/{file.name}", file.read_bytes())
+        buckets["public-models"].publish()
+        ckpt_convert.convert_checkpoint(folder / "demo" / "hf", "s3://bucket/Llama-3.2-1B-meta", to="meta")
+        commands = re.findall(r"^ {4}ckpt-convert (.*s3://.*)$", README + page, re.MULTILINE)
+        assert len(commands) >= 6
+        for words in map(shlex.split, commands):
+            # Of what --verify compares, and of a model and its conversion, nothing differs.
+            run(*words, code=0)
+        (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+        exec(compile(code.replace("https://ACCOUNT.r2.cloudflarestorage.com", s3_server.url), "storage.md", "exec"), {})
+        assert "llama-meta/ckpt_convert/manifest.json" in buckets["mine"].files
+    finally:
+        for made in buckets.values():
+            made.remove()
 
 
 def test_the_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

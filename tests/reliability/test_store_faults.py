@@ -27,6 +27,7 @@ from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
 from ckpt_convert.storage.remote import uploads
 from ckpt_convert.storage.remote.urls import address_of
+from tests.command import Finished, run
 from tests.helpers import GOLDEN
 from tests.servers import faults, s3
 from tests.servers.faults import Fault, FaultProxy, Forward, Rule
@@ -101,6 +102,15 @@ class World:
         finally:
             self.proxy.clear()
         return None
+
+    def command(self, *flags: str, retries: int = 1) -> Finished:
+        """The same conversion by the command line, with the rules that the proxy has, which are then forgotten."""
+        store = (f"max_retries={retries}", "retry_timeout=20", "timeout=2s")
+        words = [*("hf-to-meta", *(f"s3://{self.bucket.name}/{name}" for name in ("in", "runs/out")))]
+        words += ["--model-parallel", "2", "--workers", "1", "--quiet", *flags]
+        done = run(*words, *(word for option in store for word in ("--store-option", option)))
+        self.proxy.clear()
+        return done
 
     def output(self) -> dict[str, bytes]:
         return self._below(self.bucket.files)
@@ -290,6 +300,47 @@ class TestErrors:
         world.convert(resume=True)
         world.assert_whole()
         assert kept.items() <= world.etags().items()
+
+
+class TestCommandLine:
+    """``--resume`` after each kind of fault, and ``--overwrite`` of a checkpoint that is there."""
+
+    @pytest.mark.parametrize("fault", _MOST)
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("replaces", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["new", "overwrite"])
+    def test_the_command_line_ends_right_or_with_one_error(
+        self, world: World, kind: str, fault: str, replaces: bool, expected: dict[str, dict[str, bytes]]
+    ) -> None:
+        if (kind, fault) == ("put", "another etag"):
+            return  # what was written is recognized by nobody then, see above
+        flags = ["--overwrite"] if replaces else []
+        world.put_output(expected["hf"] if replaces else {})
+        rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=MIDDLE[kind], times=None))
+        done = world.command(*flags)
+        assert rule.hits or replaces
+        kept = world.finished()
+        assert not world.is_accepted() or world.output() in (world.expected, expected["hf"])
+        if not done.returncode and kind == "delete":  # all is there; the lock is left to whoever comes next
+            assert (world.output(), world.bucket.uploads) == (world.expected, {})
+            return
+        if done.returncode:
+            assert_one_error(done)
+            world.proxy.log.clear()
+            assert world.command(*flags, "--resume", retries=3).stderr == ""
+            assert not {one.name.rpartition("/")[2] for one in world.proxy.log.all("create")} & kept.keys()
+        world.assert_whole()
+        assert kept.items() <= world.etags().items()
+
+
+def assert_one_error(done: Finished) -> None:
+    """One paragraph that says what to do, no traceback, and the exit code of a conversion that failed."""
+    assert done.returncode in (1, 3, 4, 5), done
+    assert done.stdout == ""
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "s3://bucket-" in line
+    assert "Traceback" not in done.stderr
+    for secret in (s3.SECRET, s3.KEY, "X-Amz", "Signature", "uploadId", "127.0.0.1"):
+        assert secret not in done.stderr
 
 
 class TestOutages:

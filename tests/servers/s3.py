@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
-from moto.s3.models import S3Backend, s3_backends
+from moto.s3.models import S3Backend, get_canned_acl, s3_backends
 from werkzeug.serving import make_server
 
 from tests.servers.http import HOST, Answered, Request, RequestLog
@@ -113,6 +113,11 @@ class Bucket:
 
     def put(self, key: str, data: bytes) -> None:
         self.backend.put_object(self.name, key, data)
+
+    def publish(self) -> None:
+        """Let everybody read the objects that there are, without credentials."""
+        for key in self._objects:
+            self._objects.get(key).set_acl(get_canned_acl("public-read"))
 
     def remove(self) -> None:
         """Remove the bucket with all that it holds."""
