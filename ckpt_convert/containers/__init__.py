@@ -7,8 +7,7 @@ from collections.abc import Iterable, Sequence
 from ckpt_convert.containers import safetensors
 from ckpt_convert.containers.layout import MAX_LITERALS, RecordedFile, capture_layout, find_gaps
 from ckpt_convert.errors import CorruptFileError
-from ckpt_convert.storage.base import RangeReader, read_range
-from ckpt_convert.storage.object_store import ObjectFile
+from ckpt_convert.storage.base import JoinsRanges, RangeReader, read_range
 from ckpt_convert.tensors.header import ChecksummedRange, FileLayout, Header, StoredTensor
 
 __all__ = [
@@ -64,7 +63,7 @@ def _parse(reader: RangeReader, foreign: bool) -> Header:
 
 def join_small(reader: RangeReader, tensors: Iterable[StoredTensor]) -> None:
     """Have the small ones of these tensors read together where they are neighbors in a file of a store."""
-    if isinstance(reader, ObjectFile):
+    if isinstance(reader, JoinsRanges):
         reader.join((tensor.offset, tensor.offset + tensor.nbytes) for tensor in tensors if tensor.strides is None)
 
 

@@ -80,6 +80,14 @@ class Closable(Protocol):
 
 
 @runtime_checkable
+class JoinsRanges(Protocol):
+    """A file of a store, of which small ranges are read together with their neighbors."""
+
+    def join(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Note ranges, as (start, stop), that are going to be read."""
+
+
+@runtime_checkable
 class OpenFile(RangeReader, Protocol):
     """A file of a store, open for reading; a context manager.
 
