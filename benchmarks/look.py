@@ -1,4 +1,4 @@
-"""Measures what only looks: `inspect`, `inspect --stats` and `diff`, and writes their table of docs/benchmarks.md.
+"""Measures what only looks, `inspect`, `inspect --stats`, `diff` and `verify`, for their table of docs/benchmarks.md.
 
 As in run.py, every job is a process of its own, the jobs take turns, and the medians over the rounds count. All that
 is read lies in the page cache. Beside the wall's seconds stand those of the processor: bytes by them say what a core
@@ -54,11 +54,13 @@ class Result:
 def prepare(work: Path, layers: int) -> dict[str, Path]:
     """The checkpoints that are looked at, made where they are missing."""
     small = work / f"llama-{layers}-layers"
-    paths = {"hf": small / "hf", "copy": small / "copy", "tuned": small / "tuned", "moe": work / "deepseek-v3-sparse"}
+    paths = {name: small / name for name in ("hf", "copy", "tuned", "ours")} | {"moe": work / "deepseek-v3-sparse"}
+    resharded = (*run.CONVERT, "convert", "--to", "hf", "-q", str(paths["hf"]))
     makers: dict[str, Callable[[Path], object]] = {
         "hf": lambda path: subprocess.run([*MAKE, str(path), "--layers", str(layers)], check=True),
         "copy": lambda path: shutil.copytree(paths["hf"], path),
         "tuned": lambda path: subprocess.run([*MAKE, str(path), "--tuned", str(paths["hf"])], check=True),
+        "ours": lambda path: subprocess.run([*resharded, str(path)], check=True),
         "moe": lambda path: subprocess.run([*RELEASED, str(path), "deepseek-v3", "--published"], check=True),
     }
     for name, path in paths.items():
@@ -74,7 +76,7 @@ def prepare(work: Path, layers: int) -> dict[str, Path]:
 
 def jobs(paths: dict[str, Path]) -> list[Look]:
     """What is measured."""
-    hf, copy, tuned, moe = (paths[name] for name in ("hf", "copy", "tuned", "moe"))
+    hf, copy, tuned, ours, moe = (paths[name] for name in ("hf", "copy", "tuned", "ours", "moe"))
 
     def inspect(path: Path, *options: str) -> tuple[str, ...]:
         return (*run.CONVERT, "inspect", str(path), *options)
@@ -96,6 +98,8 @@ def jobs(paths: dict[str, Path]) -> list[Look]:
         Look(other, (*BY_NUMPY, str(hf), str(tuned)), (hf, tuned)),
         Look("diff --workers 1, tuned", diff(hf, tuned, *one), (hf, tuned), other),
         Look("diff, tuned", diff(hf, tuned), (hf, tuned), other),
+        Look("verify --workers 1", (*run.CONVERT, "verify", str(ours), *one), (ours,)),
+        Look("verify", (*run.CONVERT, "verify", str(ours)), (ours,)),
     ]
 
 
