@@ -88,6 +88,10 @@ class Claims:
         self._by_rows = by_rows
         self._agreed = ""
         self._known: dict[Any, int] = {}
+        self._placements: dict[Any, int] = {}
+        self._numbered: dict[int, tuple[object, int]] = {}
+        """Different placements by number; and those of the last tensors with theirs, by ``id``: to compare and to hash
+        placements takes torch a fifth of a second for 45,000 tensors."""
         self._kinds: list[Held] = []
         self._sizes: list[tuple[int, ...]] = []
         self._division = Division((), np.empty(0, np.int32), [], [[]])
@@ -97,7 +101,7 @@ class Claims:
 
         Every rank asks at the same time. Raises UsageError, on all of them, for what cannot be divided.
         """
-        claim = self._claim(tensors)
+        claim, held = self._claim(tensors)
         names, data = "\n".join(claim.names), packed([_kinds_as_json(claim.kinds), _runs(claim.which)])
         mine = digest(names.encode() + data)
         said = b"%d %s" % (mine == self._agreed, digest(names.encode()).encode())
@@ -112,37 +116,48 @@ class Claims:
             self._division = _division_of(answer, claim.names)
             self._agreed = mine
         with torch.no_grad():
-            return self._owned(tensors, claim, self._division)
+            return self._owned(claim, held, self._division)
 
-    def _owned(self, tensors: Mapping[str, torch.Tensor], claim: Claim, division: Division) -> dict[str, Owned]:
-        kinds = dict(zip(claim.names, claim.which.tolist(), strict=True))
+    def _owned(self, claim: Claim, held: Sequence[torch.Tensor], division: Division) -> dict[str, Owned]:
+        there = dict(zip(claim.names, zip(held, claim.which.tolist(), strict=True), strict=True))
         (mine,) = division.shares
         out = {}
         for key, group in zip(division.names, division.groups.tolist(), strict=True):
-            kind = kinds.get(key, -1)
-            if kind >= 0:
-                out[key] = _owned(tensors[key], claim.kinds[kind], mine[group], self._by_rows)
+            if key in there:
+                local, kind = there[key]
+                out[key] = _owned(local, claim.kinds[kind], mine[group], self._by_rows)
             else:
                 dtype, shape = division.tensors[group]
                 out[key] = _nothing(dtype, shape)
         return out
 
     @torch.no_grad()
-    def _claim(self, tensors: Mapping[str, torch.Tensor]) -> Claim:
-        """What this rank holds. Tensors of one placement, shape and dtype hold the same, so each is looked at once."""
+    def _claim(self, tensors: Mapping[str, torch.Tensor]) -> tuple[Claim, list[torch.Tensor]]:
+        """What this rank holds, and the tensors in its memory.
+
+        Tensors of one placement, shape and dtype hold the same, so each is looked at once.
+        """
         which = np.empty(len(tensors), np.int32)
+        before, self._numbered = self._numbered, {}
+        local = [local_of(tensor) for tensor in tensors.values()]
         for at, (key, tensor) in enumerate(tensors.items()):
             place: tuple[Any, ...] = (tensor.shape, tensor.dtype)
             if isinstance(tensor, DTensor):
-                place = (*place, tensor.device_mesh, tensor.placements)
+                placed = tensor.placements
+                numbered = before.get(id(placed)) or (
+                    placed,
+                    self._placements.setdefault(placed, len(self._placements)),
+                )
+                self._numbered[id(placed)] = numbered
+                place = (*place, tensor.device_mesh, numbered[1])
             number = self._known.get(place)
-            if number is None or hasattr(tensor, "ds_id") or tuple(local_of(tensor).shape) != self._sizes[number]:
+            if number is None or hasattr(tensor, "ds_id") or local[at].shape != self._sizes[number]:
                 held = Held(torch_name(tensor.dtype), slice_of(key, tensor))
                 number = self._known[place] = len(self._kinds)
                 self._kinds.append(held)
                 self._sizes.append(held.part.local_shape)
             which[at] = number
-        return Claim(tuple(tensors), tuple(self._kinds), which)
+        return Claim(tuple(tensors), tuple(self._kinds), which), local
 
 
 def names_elsewhere(names: Collection[str], ranks: Ranks | None) -> set[str]:
@@ -243,11 +258,10 @@ def _text(part: Slice) -> str:
     return "×".join("+".join(f"{start}:{stop}" for start, stop in axis) or "nothing" for axis in part.axes)
 
 
-def _owned(tensor: torch.Tensor, held: Held, share: Share, by_rows: bool) -> Owned:
+def _owned(local: torch.Tensor, held: Held, share: Share, by_rows: bool) -> Owned:
     """The part of a held slice that is a rank's share: rows of it, or columns where there are too few."""
     if not share.holders:
         return _nothing(held.dtype, held.part.shape)
-    local = local_of(tensor)
     if share.holders == 1:
         return Owned(local, held.part)
     sizes = held.part.local_shape
