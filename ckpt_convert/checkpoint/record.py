@@ -26,7 +26,6 @@ from ckpt_convert.errors import (
 from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.models import FORMATS
-from ckpt_convert.storage.checksums import CRC64, XXH3, digest, digest_file
 from ckpt_convert.storage.names import check_name, partial_path
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tensors.header import Box, FileLayout, Header, StoredTensor
@@ -44,8 +43,8 @@ LAYOUT_SCHEMA = 1
 CHECKSUM = "manifest_checksum"
 """The manifest's key for its own checksum: the XXH3 of everything else, as JSON without spaces with sorted keys."""
 
-ALGORITHMS = {"weights": CRC64.name, "files": XXH3}
-"""The checksum algorithms of weight files (pieces and headers), and of all other files."""
+ALGORITHMS = {"weights": "crc64_xz", "files": "xxh3_64"}
+"""The checksums, by their names in ``storage.checksums``, of weight files (pieces and headers), and of all others."""
 
 MANIFEST = f"{RECORD_FOLDER}/manifest.json"
 CONFIG = f"{RECORD_FOLDER}/config.json"
@@ -110,8 +109,8 @@ class Record:
         """The checksum algorithm of pieces of weight files; None where the manifest names no known one."""
         said = self.manifest.get("checksum")
         if self.manifest["schema"] == 1:
-            return XXH3 if said == XXH3 else None
-        return CRC64.name if said == ALGORITHMS else None
+            return ALGORITHMS["files"] if said == ALGORITHMS["files"] else None
+        return ALGORITHMS["weights"] if said == ALGORITHMS else None
 
     @property
     def tied(self) -> bool | None:
@@ -160,6 +159,8 @@ class Record:
         checksum = entry["checksum"] if entry else self.checksums.get(name)
         if checksum is None:
             return None
+        from ckpt_convert.storage.checksums import digest_file
+
         try:
             return digest_file(self.directory.resolve_member(name, MANIFEST)) == checksum
         except UnreadableError:
@@ -243,6 +244,8 @@ def _without(directory: Place) -> str:
 
 def manifest_checksum(manifest: Mapping[str, Any]) -> str:
     """The checksum of a manifest's content, independent of key order and white space."""
+    from ckpt_convert.storage.checksums import digest
+
     said = {name: value for name, value in manifest.items() if name != CHECKSUM}
     return digest(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
 

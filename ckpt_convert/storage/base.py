@@ -7,13 +7,14 @@ another (``local``, ``memory``). A name is a string with "/" between folders; ho
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, runtime_checkable
 
 from ckpt_convert.errors import CheckpointNotFoundError, CorruptFileError, SourceChangedError, UnsafeFileError
+from ckpt_convert.values import frozen
 
 
 class FileKind(Enum):
@@ -37,7 +38,7 @@ class Entry(Protocol):
         """A description of what has changed in the content since; None if nothing has."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen(slots=True)
 class Version:
     """An entry of a store that knows only size and etag, and perhaps when the file was written.
 

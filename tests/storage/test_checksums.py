@@ -10,8 +10,9 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_convert.checkpoint import record
 from ckpt_convert.storage import checksums
-from ckpt_convert.storage.checksums import CRC32, CRC64, Crc
+from ckpt_convert.storage.checksums import CRC32, CRC64, XXH3, Crc
 from ckpt_convert.storage.place import as_place
 from tests.helpers import crc64
 
@@ -81,3 +82,7 @@ def test_a_running_checksum_is_that_of_all(kind: str, tmp_path: Path) -> None:
     assert total.hexdigest() == checksums.digest(parts, kind) == checksums.digest(data, kind) == expected
     (tmp_path / "file").write_bytes(data)
     assert checksums.digest_file(as_place(tmp_path / "file")) == checksums.digest(data)
+
+
+def test_the_record_has_their_names() -> None:
+    assert (record.ALGORITHMS["weights"], record.ALGORITHMS["files"]) == (CRC64.name, XXH3)
