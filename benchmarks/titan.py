@@ -29,9 +29,9 @@ class Group:
     jobs: tuple[run.Job, ...]
 
 
-def prepare(work: Path) -> dict[str, Path]:
+def prepare(work: Path, layers: int = 16) -> dict[str, Path]:
     """The checkpoints that the jobs read, made where they are missing."""
-    paths = {"llama": run.prepare(work, 16, ("hf",))["hf"], "moe": work / "qwen3-moe" / "hf"}
+    paths = {"llama": run.prepare(work, layers, ("hf",))["hf"], "moe": work / "qwen3-moe" / "hf"}
     if not paths["moe"].exists():
         paths["moe"].parent.mkdir(parents=True, exist_ok=True)
         maker = (sys.executable, str(run.HERE / "checkpoints.py"), str(paths["moe"]), "--moe")
@@ -64,9 +64,13 @@ def groups(paths: dict[str, Path], work: Path, peer: str | None) -> list[Group]:
     llama, titan = paths["llama"], paths["llama in torchtitan"]
     peers = (*by_peer("from-hf", llama), *by_peer("to-hf", titan))
     return [
-        Group("Llama of 1.5 billion parameters, 3.0 GB", llama, (*both_ways("llama"), *peers)),
-        Group("Qwen3 MoE of 16 experts, 2.1 GB", paths["moe"], both_ways("moe")),
+        Group(f"Llama, {gigabytes(llama)}", llama, (*both_ways("llama"), *peers)),
+        Group(f"Qwen3 MoE of 16 experts, {gigabytes(paths['moe'])}", paths["moe"], both_ways("moe")),
     ]
+
+
+def gigabytes(directory: Path) -> str:
+    return f"{sum(path.stat().st_size for path in directory.iterdir()) / 1e9:.1f} GB"
 
 
 def table(found: list[tuple[Group, dict[str, run.Result]]]) -> str:
