@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, Protocol, runtime_checkable
 
@@ -30,12 +30,11 @@ class GatheringReader(Protocol):
         """Do the copy; False, without doing anything, leaves it to ``StridedReader``."""
 
 
-@runtime_checkable
-class ViewableReader(Protocol):
-    """A reader of memory, which can be used where it is."""
+View = Callable[[int, int], memoryview | None]
+"""What readers of memory have as ``view``: the bytes at (offset, nbytes), without a copy.
 
-    def view(self, offset: int, nbytes: int) -> memoryview | None:
-        """These bytes, without a copy; None where they are not in the memory of the process."""
+None where they are not in the memory of the process.
+"""
 
 
 class StridedReader:
@@ -62,13 +61,12 @@ class StridedReader:
 
     def view(self, tensor: LazyTensor, dtype: str) -> memoryview | None:
         """The bytes of a tensor in memory that are dense and row-major there; None for any other."""
-        bits, copies = dtypes.DTYPES[dtype].bits, tensor.copies()
-        if bits < 8 or len(copies) != 1 or copies[0].source == ZEROS or not _is_dense(copies[0].dims):
+        bits, there = dtypes.DTYPES[dtype].bits, tensor.contiguous_source
+        if bits < 8 or there is None:
             return None
-        file, stored = self._stored[copies[0].source]
-        if not isinstance(file.reader, ViewableReader):
-            return None
-        return file.reader.view(stored.offset + copies[0].source_offset * bits // 8, tensor.size * bits // 8)
+        file, stored = self._stored[there[0]]
+        view: View | None = getattr(file.reader, "view", None)  # isinstance of a protocol takes long for each block
+        return view(stored.offset + there[1] * bits // 8, tensor.size * bits // 8) if view else None
 
     def _read(self, reader: Any, offset: int, buffer: memoryview) -> None:
         for ahead in self._ahead.get(id(reader), ()):

@@ -253,8 +253,14 @@ class LazyTensor(NamedTuple):
 
     def blocks(self, max_elements: int) -> Iterator[tuple[int, LazyTensor]]:
         """Split into (target offset, block) of at most ``max_elements``, each contiguous in the target, in order."""
-        for offset, (block,) in aligned_blocks((self,), max_elements):
-            yield offset, block
+        stored, row = self.contiguous_source, prod(self.shape[1:])
+        if stored is None or not 0 < row <= max_elements:
+            for offset, (block,) in aligned_blocks((self,), max_elements):
+                yield offset, block
+            return
+        step = max_elements // row * row  # whole rows, since some sources compute a row at a time
+        for start in range(0, self.size, step):
+            yield start, _flat(stored[0], stored[1] + start, min(step, self.size - start))
 
 
 def aligned_blocks(tensors: tuple[LazyTensor, ...], max_elements: int) -> Iterator[tuple[int, tuple[LazyTensor, ...]]]:
@@ -317,6 +323,11 @@ def _dense(shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
 def _strided(shape: tuple[int, ...], strides: Sequence[int]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
     axes = tuple(((count, step),) if count != 1 else () for count, step in zip(shape, strides, strict=True))
     return (0,) * len(shape), axes
+
+
+def _flat(source: int, offset: int, size: int) -> LazyTensor:
+    """Elements that are adjacent in a source."""
+    return LazyTensor((size,), (Tile((0,), source, offset, (((size, 1),) if size != 1 else (),)),))
 
 
 def _replaced(values: tuple[T, ...], at: int, value: T) -> tuple[T, ...]:
