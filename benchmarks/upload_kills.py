@@ -51,7 +51,7 @@ STEPS, KILLS = 24, 6
 SILENCE = 2.0
 """Seconds after which the others take a rank to be gone: 30 in runs of users."""
 
-LONGEST = {1: 1.0, 2: 1.5, 4: 2.5}
+LONGEST = {1: 1.0, 2: 4.0, 4: 8.0}
 """Seconds after its start, by the number of ranks, before which a run is killed."""
 
 

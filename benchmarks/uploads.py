@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
@@ -69,10 +69,17 @@ class Sent:
         setattr(owner, name, counted)
 
 
-def timed(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+class Stall(NamedTuple):
+    """Seconds for which a call held the caller, and for which that had the processor."""
+
+    wall: float
+    processor: float
+
+    @classmethod
+    def of(cls, work: Callable[[], object]) -> Stall:
+        wall, processor = time.perf_counter(), time.thread_time()
+        work()
+        return cls(time.perf_counter() - wall, time.thread_time() - processor)
 
 
 class Measured:
@@ -80,8 +87,8 @@ class Measured:
 
     def __init__(self, name: str, source: Path, output: str, model: Any, **options: Any) -> None:
         self.name = name
-        self.stalls: list[float] = []
-        self.busy: list[float] = []
+        self.stalls: list[Stall] = []
+        self.busy: list[Stall] = []
         self.memory = 0
         self._checkpointer = Checkpointer(
             source, output, contents="weights", save_every=1, asynchronous=True, keep_last=1, **options
@@ -95,9 +102,9 @@ class Measured:
         os.sync()
         before = _memory("VmRSS")
         _forget_peak()
-        self.stalls.append(timed(self._checkpointer.step))
+        self.stalls.append(Stall.of(self._checkpointer.step))
         saver.background.wait()  # the step is complete on the disk, and on its way
-        self.busy.append(timed(self._checkpointer.step))
+        self.busy.append(Stall.of(self._checkpointer.step))
         self._checkpointer.wait()
         self.memory = max(self.memory, _memory("VmHWM") - before)
 
@@ -124,19 +131,16 @@ def measure(source: Path, place: Path, rounds: int) -> str:
     lines = [
         f"{size / 1e6:,.0f} MB a step, {rounds} rounds",
         "",
-        "| saved | median stall | × a directory's | while one is uploaded | × a directory's | memory above the copy |",
+        "| saved | stall | of the processor | while one is uploaded | of the processor | memory above the copy |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for one in (local, bucket):
-        ratios = [
-            statistics.median(mine / its for mine, its in zip(ours, theirs, strict=True))
-            for ours, theirs in ((one.stalls, local.stalls), (one.busy, local.busy))
+        cells = [
+            f"{statistics.median(getattr(stall, what) for stall in stalls):.3f} s"
+            for stalls in (one.stalls, one.busy)
+            for what in Stall._fields
         ]
-        stall, busy = statistics.median(one.stalls), statistics.median(one.busy)
-        lines.append(
-            f"| {one.name} | {stall:.2f} s | {ratios[0]:.2f} | {busy:.2f} s | {ratios[1]:.2f} | "
-            f"{one.memory / MIB:.0f} MiB |"
-        )
+        lines.append(f"| {' | '.join([one.name, *cells])} | {one.memory / MIB:.0f} MiB |")
     writes = Counter({kind: (count - requests[kind]) // steps for kind, count in sent.requests.items()})
     told = ", ".join(f"{count} {kind}" for kind, count in sorted(writes.items()))
     lines += ["", f"Uploaded: {uploaded / steps:.4f} × the bytes of a step, in {told} requests for each."]

@@ -119,8 +119,19 @@ def test_every_step_is_as_on_a_disk(options: dict[str, Any], source: Path, run: 
 
 
 @pytest.mark.parametrize("keep_local", [0, 1, 2])
-def test_what_stays_on_the_disk(keep_local: int, source: Path, run: Place, tmp_path: Path) -> None:
+def test_what_stays_on_the_disk(
+    keep_local: int, source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile there are one that is uploaded and one that is written, or waits, as well."""
+    true, there = step_upload._copy, []
+
+    def counts(*given: Any) -> None:
+        there.append(sum("step_" in path.name for path in (tmp_path / "staged").iterdir()))
+        true(*given)
+
+    monkeypatch.setattr(step_upload, "_copy", counts)
     train(source, run, 7, local_dir=tmp_path / "staged", keep_local=keep_local)
+    assert max(there) <= keep_local + 2
     assert steps(run) == ["step_2", "step_4", "step_6", "step_7"]
     assert steps(tmp_path / "staged") == steps(run)[4 - keep_local :]
 
