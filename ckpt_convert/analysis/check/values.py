@@ -18,6 +18,7 @@ from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.errors import CkptConvertError
 from ckpt_convert.storage.checksums import CRC32
+from ckpt_convert.storage.object_store import ObjectFile, ReadAhead
 from ckpt_convert.tensors.blocks import BlockReader, TypedTensor, first_difference
 from ckpt_convert.tensors.header import StoredTensor
 from ckpt_convert.tensors.lazy import BLOCK
@@ -163,13 +164,14 @@ def _compared(
 
 
 def _streamed(run: list[Span], buffer: memoryview, counter: ProgressCounter) -> Iterator[Finding]:
-    position, end = run[0].start, _end(run)
+    position, end, reader = run[0].start, _end(run), run[0].reader
+    source = ReadAhead(reader, position, end) if isinstance(reader, ObjectFile) else reader
     waiting = list(reversed(run))
     active: list[Span] = []
     try:
         while position < end or waiting or active:
             size = min(len(buffer), end - position)
-            run[0].reader.readinto(position, buffer[:size])
+            source.readinto(position, buffer[:size])
             while waiting and waiting[-1].start <= position + size:
                 active.append(waiting.pop())
             for span in active:
