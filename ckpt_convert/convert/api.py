@@ -418,7 +418,7 @@ def run_request(
         bytes=sum(tensor.nbytes for file in made.weights for tensor in file.tensors),
         drops=list(made.passthrough),
         ties=list(made.ties),
-        notices=[*made.notices, *written.notices, *replaced, *_accepted(made, lost, overflows)],
+        notices=[*made.notices, *written.notices, *replaced, *output.accepted_losses(made, lost, overflows)],
         side_files={str(entry["name"]): str(entry["origin"]) for entry in written.manifest["side_files"]},
         moves=dict(made.bytes_by_kind),
         resumed_bytes=written.resumed,
@@ -427,15 +427,6 @@ def run_request(
         merged=len(made.changed),
         seconds=round(time.monotonic() - started, 3),
     )
-
-
-def _accepted(plan: Plan, lost: dict[str, int], overflows: dict[str, int]) -> list[str]:
-    """What the output has lost as its user accepted."""
-    from ckpt_convert.convert import execute, output
-
-    said = [f"{execute.loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
-    how = f"in {plan.request.dtype}" if plan.request.dtype else "once merged"
-    return said + ([f"{output.overflow_text(overflows)} {how}, as accepted"] if overflows else [])
 
 
 def _verify(plan: Plan, sources: Sources, staging: Stage, workers: int, progress: ProgressCallback | None) -> int:

@@ -11,7 +11,7 @@ from ckpt_convert.checkpoint import checklist
 from ckpt_convert.checkpoint.checklist import CHECKLIST
 from ckpt_convert.checkpoint.identify import Identified
 from ckpt_convert.convert.auxiliary_files import AuxiliaryFile
-from ckpt_convert.convert.execute import FinishedPiece, byte_comparer, execute, list_counts, settle_originals
+from ckpt_convert.convert.execute import FinishedPiece, byte_comparer, execute, list_counts, loss_text, settle_originals
 from ckpt_convert.convert.partition import split_into_pieces
 from ckpt_convert.convert.plan import Checklist, Plan
 from ckpt_convert.convert.publish import StagedOutput
@@ -122,6 +122,13 @@ def overflow_text(overflows: Mapping[str, int]) -> str:
     count = sum(overflows.values())
     values = f"{count:,} finite values become" if count != 1 else "1 finite value becomes"
     return f"{values} infinite, of {list_counts(overflows)},"
+
+
+def accepted_losses(plan: Plan, lost: Mapping[str, int], overflows: Mapping[str, int]) -> list[str]:
+    """What the output has lost as its user accepted."""
+    said = [f"{loss_text(lost)} are kept in the record alone, as accepted"] if lost else []
+    how = f"in {plan.request.dtype}" if plan.request.dtype else "once merged"
+    return said + ([f"{overflow_text(overflows)} {how}, as accepted"] if overflows else [])
 
 
 def _write_auxiliary_files(
