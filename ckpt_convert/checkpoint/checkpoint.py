@@ -118,6 +118,7 @@ def open_checkpoint(
     family: str | None = None,
     config: Location | None = None,
     revision: str | None = None,
+    cache: bool = False,
     storage_options: StorageOptions | None = None,
 ) -> Checkpoint:
     """Open a checkpoint from its headers alone; no tensor is read.
@@ -128,6 +129,7 @@ def open_checkpoint(
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: a config.json or params.json to use instead of the checkpoint's own.
         revision: branch, tag or commit of a Hub id.
+        cache: download a repository of the Hub into its cache first, instead of reading ranges.
         storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
 
     Raises:
@@ -139,7 +141,9 @@ def open_checkpoint(
     A family that no table describes is not an error here.
     """
     path, config = with_options(storage_options, path, config)
-    return Checkpoint(open_identified(path, format=format, family=family, config=config, revision=revision))
+    return Checkpoint(
+        open_identified(path, format=format, family=family, config=config, revision=revision, cache=cache)
+    )
 
 
 def identified_of(checkpoint: Checkpoint) -> Identified:
@@ -156,6 +160,7 @@ def open_identified(
     config: Location | None = None,
     revision: str | None = None,
     options: ConfigOptions | None = None,
+    cache: bool = False,
     glance: bool = False,
 ) -> Identified:
     """``open_checkpoint`` for the library's own modules; ``options`` give what a params.json does not state.
@@ -163,7 +168,7 @@ def open_identified(
     A ``glance`` at a checkpoint in a store takes few requests: headers and config are those in the manifest, where
     nothing was written later; and an index is not compared with shards that are all there.
     """
-    path = opening.checkpoint_place(locate.locate_checkpoint(path, revision, format=format))
+    path = opening.checkpoint_place(locate.locate_checkpoint(path, revision, format=format, cache=cache))
     if path.is_folder() and (path / JOURNAL).is_present():
         raise CorruptFileError(
             f"{path}: is the unfinished output of a conversion; run that again with `resume=True`, or without it to "

@@ -86,6 +86,7 @@ class SourceOptions:
     config: Location | None
     revision: str | None
     like: Location | None
+    cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def plan_conversion(
     family: str | None = None,
     config: Location | None = None,
     revision: str | None = None,
+    cache: bool = False,
     dtype: OutputDType | None = None,
     dequantize: DequantizedDType | None = None,
     shards: int | None = None,
@@ -143,6 +145,7 @@ def plan_conversion(
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: the config.json or params.json of a ``src`` that has none.
         revision: branch, tag or commit, where ``src`` is a Hub id.
+        cache: download a repository of the Hub into its cache first, instead of reading ranges.
         dtype: "float32", "float16" or "bfloat16": cast every floating-point tensor; by default none is cast.
         dequantize: "bfloat16" or "float32": write the values of fp8 and MXFP4 weights, not their codes and scales.
         shards: the number of files, about equal in bytes.
@@ -166,7 +169,7 @@ def plan_conversion(
         UsageError: options that do not fit each other, the source or the target.
     """
     src, config, like = with_options(storage_options, src, config, like)
-    origin = SourceOptions(src, from_format, family, config, revision, like)
+    origin = SourceOptions(src, from_format, family, config, revision, like, cache)
     request = requested(
         to=to,
         include=include,
@@ -208,7 +211,7 @@ def _plan(
     request.check_origin(family=origin.family, config=origin.config)
     if origin.like is not None:  # as it was given: an address is refused by its name, and ~ is the home directory
         request = replace(request, like=locate.locate_checkpoint(origin.like, format=request.to))
-    place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format)
+    place = locate.locate_checkpoint(origin.path, origin.revision, format=origin.format, cache=origin.cache)
     options, config = request.config, origin.config
     open_source = partial(open_identified, format=origin.format, family=origin.family, options=options)
     if (chosen := find_run_weights(place)) is not None:  # what training leaves is not what loaders read
@@ -259,6 +262,7 @@ def convert_checkpoint(
     family: str | None = None,
     config: Location | None = None,
     revision: str | None = None,
+    cache: bool = False,
     dtype: OutputDType | None = None,
     dequantize: DequantizedDType | None = None,
     shards: int | None = None,
@@ -298,6 +302,7 @@ def convert_checkpoint(
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: the config.json or params.json of a ``src`` that has none.
         revision: branch, tag or commit, where ``src`` is a Hub id.
+        cache: download a repository of the Hub into its cache first, instead of reading ranges.
         dtype: "float32", "float16" or "bfloat16": cast every floating-point tensor; by default none is cast.
         dequantize: "bfloat16" or "float32": write the values of fp8 and MXFP4 weights, not their codes and scales.
         shards: the number of files, about equal in bytes.
@@ -327,7 +332,7 @@ def convert_checkpoint(
     After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
     """
     src, dst, config, like = with_options(storage_options, src, dst, config, like)
-    origin = SourceOptions(src, from_format, family, config, revision, like)
+    origin = SourceOptions(src, from_format, family, config, revision, like, cache)
     request = requested(
         to=to,
         include=include,

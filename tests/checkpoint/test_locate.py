@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,20 @@ class TestOnTheHub:
         repository.log.clear()
         assert locate_checkpoint("org/name") == locate_checkpoint("hf://org/name") == place
         assert len(repository.log) == 0
+
+    def test_every_function_downloads_on_request(self, repository: FakeHub, tmp_path: Path) -> None:
+        calls: list[Callable[[], Any]] = [
+            lambda: ckpt_convert.open_checkpoint("org/name", cache=True).close(),
+            lambda: ckpt_convert.plan_conversion("org/name", to="native", cache=True),
+            lambda: ckpt_convert.convert_checkpoint("org/name", tmp_path / "out", to="native", cache=True),
+            lambda: ckpt_convert.verify_checkpoint("org/name", cache=True),
+            lambda: ckpt_convert.diff_checkpoints(HF, "org/name", cache=True),
+        ]
+        for call in calls:
+            shutil.rmtree(tmp_path / "hub", ignore_errors=True)
+            call()
+            cached = {path.name for path in (tmp_path / "hub").rglob("snapshots/*/*")}
+            assert cached >= {file.name for file in HF.glob("*.safetensors")}
 
     def test_a_part_of_a_repository_is_cached(self, repository: FakeHub) -> None:
         place = locate_checkpoint("hf://org/name/original", cache=True)

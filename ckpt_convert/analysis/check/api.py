@@ -33,6 +33,7 @@ def verify_checkpoint(
     family: str | None = None,
     config: Location | None = None,
     revision: str | None = None,
+    cache: bool = False,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     storage_options: StorageOptions | None = None,
@@ -55,6 +56,7 @@ def verify_checkpoint(
         family: the name of the architecture, such as "llama", where it cannot be detected.
         config: a config.json or params.json to use instead of the checkpoint's own.
         revision: branch, tag or commit, where ``path`` is a Hub id.
+        cache: download repositories of the Hub into its cache first, instead of reading ranges; ``logits`` does so too.
         workers: the number of threads; by default one for each core, from 2 to 4.
         progress: called with ``TransferProgress`` values, from several threads, one at a time.
         storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
@@ -72,8 +74,9 @@ def verify_checkpoint(
     path, against, config = with_options(storage_options, path, against, config)
     names = (accept,) if isinstance(accept, str) else tuple(accept)
     accepted = tuple(accept_files(checkpoint_place(checked_place(path)), names)) if names else None
-    this = Opening(locate.locate_checkpoint(path, revision, cache=logits), format, family, config)
-    other = Opening(locate.locate_checkpoint(against, cache=logits), None, family) if against is not None else None
+    cache = cache or logits
+    this = Opening(locate.locate_checkpoint(path, revision, cache=cache), format, family, config)
+    other = Opening(locate.locate_checkpoint(against, cache=cache), None, family) if against is not None else None
     count = workers or DEFAULT_WORKERS
     result = check_checkpoint(
         this.place, format=format, family=family, config=config, values=values, workers=count, progress=progress

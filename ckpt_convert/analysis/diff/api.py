@@ -26,6 +26,7 @@ def diff_checkpoints(
     config_b: Location | None = None,
     revision_a: str | None = None,
     revision_b: str | None = None,
+    cache: bool = False,
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     storage_options: StorageOptions | None = None,
@@ -49,6 +50,7 @@ def diff_checkpoints(
         config_b: the same for b.
         revision_a: branch, tag or commit, where a is a Hub id.
         revision_b: the same for b.
+        cache: download repositories of the Hub into its cache first, instead of reading ranges.
         workers: the number of processes; by default one for each core, from 2 to 4.
         progress: called with ``TransferProgress`` values.
         storage_options: options of the stores that URLs are in, such as {"endpoint": "https://…"}; see docs/storage.md.
@@ -64,8 +66,8 @@ def diff_checkpoints(
         return not filters or any(fnmatchcase(key, glob) for key in keys for glob in filters)
 
     with (
-        open_identified(a, format=format_a, family=family, config=config_a, revision=revision_a) as left,
-        open_identified(b, format=format_b, family=family, config=config_b, revision=revision_b) as right,
+        open_identified(a, format=format_a, family=family, config=config_a, revision=revision_a, cache=cache) as left,
+        open_identified(b, format=format_b, family=family, config=config_b, revision=revision_b, cache=cache) as right,
     ):
         return compare_checkpoints(
             left, right, values=values, is_wanted=is_wanted, workers=workers or DEFAULT_WORKERS, progress=progress
