@@ -24,11 +24,11 @@ computed in blocks of this many rows that start at multiples of it, whichever ro
 # which wait for each other: with all cores busy, that took a hundred times as long.
 _TILE = 1 << 18
 
-_READ = 1 << 19
+_READ = 1 << 18
 """About as many bytes of rows are computed at once."""
 
 
-def merge_block(
+def merge_blocks(
     base: Array,
     left: Array,
     right: Array,
@@ -40,10 +40,10 @@ def merge_block(
 ) -> None:
     """Fill ``out`` with merged rows: base + scale · left · right; with DoRA each times its magnitude / its length.
 
-    ``base`` and ``out`` are [BLOCK_ROWS, in], ``left`` [BLOCK_ROWS, rank], ``right`` [rank, in], ``magnitude``
-    [BLOCK_ROWS], all of one dtype. With ``columns``, ``base`` and ``out`` have these, one range after another, and not
-    all of them; not with DoRA. The bits of an element do not depend on the others that are asked for. Infinity and NaN
-    come without a warning, as torch has it.
+    ``base`` and ``out`` are [rows, in], ``left`` [rows, rank], ``right`` [rank, in], ``magnitude`` [rows], all of one
+    dtype, and of whole blocks of rows. With ``columns``, ``base`` and ``out`` have these, one range after another, and
+    not all of them; not with DoRA. The bits of an element do not depend on the others that are asked for. Infinity and
+    NaN come without a warning, as torch has it.
     """
     with np.errstate(all="ignore"):
         _columns(left, right, columns, out)
@@ -71,10 +71,11 @@ def _columns(left: Array, right: Array, columns: Ranges | None, out: Array) -> N
 
 def _product(left: Array, right: Array, wanted: Ranges, out: Array) -> None:
     """Left · right, in tiles that are too small for BLAS to start threads; those that have a wanted column."""
-    step = max(1, _TILE // left.size)
+    blocks, made = (one.reshape(-1, BLOCK_ROWS, one.shape[1]) for one in (left, out))
+    step = max(1, _TILE // blocks[0].size)
     for first in range(0, right.shape[1], step):
         if any(start < first + step and first < stop for start, stop in wanted):
-            np.matmul(left, right[:, first : first + step], out=out[:, first : first + step])
+            np.matmul(blocks, right[:, first : first + step], out=made[:, :, first : first + step])
 
 
 class RowBlocks:

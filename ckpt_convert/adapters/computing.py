@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, RowBlocks, merge_block
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, RowBlocks, merge_blocks
 from ckpt_convert.adapters.stored import MergedWeight
 from ckpt_convert.checkpoint.mapping import LogicalTensor
 from ckpt_convert.dtypes import DTYPES, nbytes
@@ -93,16 +93,12 @@ class MergedMatrix:
         base = self._values(weight.base, _BASE, start, stop, (room, self._columns))
         left = self._values(weight.b, _B, start, stop, (room, len(right)))
         norms = self._values(weight.magnitude, _MAGNITUDE, start, stop, (room,)) if weight.magnitude else None
-        merged = self._buffers.take(_MERGED, base.dtype.str, BLOCK_ROWS * self._columns).reshape(BLOCK_ROWS, -1)
-        out = np.empty((stop - start, self._row_bytes), np.uint8)
-        for first in range(0, stop - start, BLOCK_ROWS):
-            block, count = slice(first, first + BLOCK_ROWS), min(BLOCK_ROWS, stop - start - first)
-            magnitude = norms[block] if norms is not None else None
-            merge_block(base[block], left[block], right, weight.scale, magnitude, out=merged)
-            data = out[first : first + count].reshape(-1)
-            if self._round(merged[:count], data):
-                self._count(start + first, data, base[first : first + count])
-        return out.reshape(-1).data
+        merged = self._buffers.take(_MERGED, base.dtype.str, base.size).reshape(base.shape)
+        merge_blocks(base, left, right, weight.scale, norms, out=merged)
+        out = np.empty((stop - start) * self._row_bytes, np.uint8)
+        if self._round(merged[: stop - start], out):
+            self._count(start, out, base[: stop - start])
+        return out.data
 
     def _round(self, rows: Array, out: Array) -> bool:
         """Write rows in the dtype of the base; returns whether any value may be infinite or NaN."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, Ranges, RowBlocks, merge_block
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, Ranges, RowBlocks, merge_blocks
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import SplitTensors
@@ -83,7 +83,7 @@ def merged_rows(
         if lengths is not None and magnitude is not None:
             lengths[within] = magnitude[low:high].detach().to("cpu", dtype)
         norms = None if lengths is None else lengths.numpy()
-        merge_block(base.numpy(), left.numpy(), right, scale, norms, columns=columns, out=merged)
+        merge_blocks(base.numpy(), left.numpy(), right, scale, norms, columns=columns, out=merged)
         _copy(out[low - start : high - start], torch.from_numpy(merged)[within])
     return out
 

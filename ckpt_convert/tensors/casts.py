@@ -179,6 +179,7 @@ def _infinities(codes: Array, dtype: str) -> int:
     return int(np.count_nonzero(codes & ((1 << (known.bits - 1)) - 1) == infinite))
 
 
+@cache
 def _code(dtype: str) -> str:
     """numpy's name of the unsigned integers that hold the codes of a dtype."""
     return np.dtype(f"<u{DTYPES[dtype].bits // 8}").str
