@@ -49,10 +49,8 @@ def norm(checkpoint: Checkpoint) -> torch.Tensor:
 
 
 def shown() -> dict[str, str]:
-    """The Python of a page by the name of a module; not of those that give torch's DataLoader a tensor, which it takes
-    and its types do not, or that are pytest's."""
-    lenient = {ROOT / "docs" / "checkpointer.md", ROOT / "docs" / "adding-a-family.md"}
-    pages = [ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - lenient)]
+    """The Python of a page by the name of a module."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     code = {
         page.stem.replace("-", "_").lower(): re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
         for page in pages
