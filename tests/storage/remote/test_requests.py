@@ -5,19 +5,24 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 
 import ckpt_convert
+from benchmarks import checkpoints
 from ckpt_convert.analysis.check import check_checkpoint
 from ckpt_convert.analysis.diff.compare import compare_checkpoints
 from ckpt_convert.analysis.stats.stats import tensor_statistics
+from ckpt_convert.checkpoint import record
 from ckpt_convert.checkpoint.checkpoint import open_identified
+from ckpt_convert.convert.partition import split_into_pieces
 from tests.command import run
 from tests.helpers import GOLDEN, read_safetensors
 from tests.servers.s3 import Bucket, S3Server
+from tests.servers.sparse import BUCKET, SparseBucket
 
 HF = GOLDEN / "llama" / "hf"
 SHARDS = len(list(HF.glob("*.safetensors")))
@@ -88,6 +93,35 @@ def test_191_shards_within_200_requests(bucket: Bucket, s3_server: S3Server) -> 
     assert inspected(s3_server, f"s3://{bucket.name}/m") == {"list": 1, "get": 1 + 191}
     ckpt_convert.convert_checkpoint(f"s3://{bucket.name}/m", f"s3://{bucket.name}/out", to="hf")
     assert inspected(s3_server, f"s3://{bucket.name}/out") == {"list": 1, "get": 2}
+
+
+def test_the_sizes_of_405b(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """812 GB in 191 sparse files: with a manifest three requests, without one 193."""
+    config = checkpoints.config(
+        hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
+        num_key_value_heads=8, head_dim=128, vocab_size=128256,
+    )  # fmt: skip
+    checkpoints.write(tmp_path / "m", config, 191, sparse=True)
+    plan = ckpt_convert.plan_conversion(tmp_path / "m", to="hf")
+    files: dict[str, Any] = {file.name: {"size": file.size, "header": "0" * 16, "pieces": []} for file in plan.files}
+    for piece in split_into_pieces(plan.files):
+        file = plan.files[piece.file]
+        described = [file.tensors[piece.tensor].key, piece.offset, piece.nbytes, "0" * 16]
+        files[file.name]["pieces"].append(described)
+    with SparseBucket(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+        shown = run("inspect", f"s3://{BUCKET}/m", code=0).stdout
+        assert server.log.kinds() == {"list": 1, "get": 1 + 191}
+        (tmp_path / "m" / "ckpt_convert").mkdir()
+        manifest = record.render_manifest(plan.manifest(files, [], {}))
+        (tmp_path / "m" / record.MANIFEST).write_bytes(manifest)
+        assert len(manifest) < 2_000_000
+        server.log.clear()
+        again = run("inspect", f"s3://{BUCKET}/m", code=0).stdout
+        assert server.log.kinds() == {"list": 1, "get": 2}
+        assert again.partition("\n\n")[2] == shown.partition("\n\n")[2]
+        assert "405,853,388,800" in shown
 
 
 @pytest.mark.parametrize("target", ["hf", "meta"])
