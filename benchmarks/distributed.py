@@ -2,7 +2,8 @@
 
 The processes talk over gloo through a file, and shard the model as FSDP2 does, on dimension 0. In every round each job
 saves the same tensors from the same processes, one job after another; what counts is the time until every process is
-back and all is on disk, and what each process wrote and read, as the kernel counts it.
+back and all is on disk, the seconds of the processor, and what each process wrote and read, as the kernel counts it.
+Removing what was written is no part of a save, of none of them.
 
 - Checkpointer: Hugging Face's files, those of the source, by all processes
 - Checkpointer, one process: the same from one process that has the whole model
@@ -44,9 +45,11 @@ OURS, ALONE, DCP, HF, COPY = (
 
 @dataclass
 class Sample:
-    """One save: seconds, and for each process bytes written, bytes read, and anonymous memory above the state."""
+    """One save: seconds, those of the processor, and for each process bytes written, bytes read, and anonymous memory
+    above the state."""
 
     seconds: float
+    processor: float
     written: list[int]
     read: list[int]
     memory: list[int]
@@ -96,9 +99,7 @@ def jobs(source: Path, state: Any) -> Iterator[tuple[str, Callable[[Path], None]
 
     def ours(out: Path) -> None:
         if not made:
-            made.append(
-                Checkpointer(source, out.parent.parent / "run", model_format="hf", contents="weights", keep_last=1)
-            )
+            made.append(Checkpointer(source, out.parent.parent / "run", model_format="hf", contents="weights"))
             made[0].register(model=state)
         norm = state["model.norm.weight"]
         (norm.to_local() if hasattr(norm, "to_local") else norm).add_(1)  # a run in which nothing changes is refused
@@ -167,17 +168,18 @@ def work(rank: int, world: int, source: Path, place: Path, repeat: int, pipe: An
             barrier(world)
             memory = Memory()
             memory.start()
-            (written, read), before = counted(), time.perf_counter()
+            (written, read), used, before = counted(), time.process_time(), time.perf_counter()
             act(out)
             barrier(world)
             if rank == 0:
                 os.sync()  # of those that do not flush what they write
             barrier(world)
             seconds = time.perf_counter() - before
-            now = counted()
-            pipe.send((name, number, seconds, now[0] - written, now[1] - read, memory.stop()))
-            if rank == 0 and name not in (OURS, ALONE):
-                run.remove(out)
+            used, now = time.process_time() - used, counted()
+            pipe.send((name, number, seconds, used, now[0] - written, now[1] - read, memory.stop()))
+            if rank == 0:
+                for path in (out, *(place / "run").glob("step_*")):
+                    run.remove(path)
             barrier(world)
     pipe.send(None)
     if world > 1:
@@ -213,7 +215,8 @@ def measure(source: Path, place: Path, world: int, repeat: int) -> dict[str, lis
         name, number = said[0][:2]
         if number:
             seconds = max(one[2] for one in said)
-            sample = Sample(seconds, *([one[at] for one in said] for at in (3, 4, 5)))  # type: ignore[arg-type]
+            used = sum(one[3] for one in said)
+            sample = Sample(seconds, used, *([one[at] for one in said] for at in (4, 5, 6)))  # type: ignore[arg-type]
             found.setdefault(name, []).append(sample)
             run.say(f"{world} processes, round {number} of {repeat}: {seconds:6.2f} s  {name}")
     for process in processes:
@@ -229,10 +232,10 @@ def copied(source: Path, place: Path, repeat: int) -> list[Sample]:
         run.remove(place)
         place.mkdir(parents=True)
         os.sync()
-        before = time.perf_counter()
+        before, used = time.perf_counter(), sum(os.times()[2:4])
         subprocess.run(["cp", "-r", str(source), str(place / "copy")], check=True)
         subprocess.run(["sync", *map(str, sorted((place / "copy").iterdir()))], check=True)
-        out.append(Sample(time.perf_counter() - before, [], [], []))
+        out.append(Sample(time.perf_counter() - before, sum(os.times()[2:4]) - used, [], [], []))
     run.remove(place)
     return out
 
@@ -241,8 +244,8 @@ def table(found: dict[str, list[Sample]], size: int) -> str:
     """The results as Markdown: medians."""
     middle = {name: statistics.median(one.seconds for one in samples) for name, samples in found.items()}
     rows = [
-        "| save | × ours | written | by each process | read | memory above the state |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| save | × ours | processor, s | written | by each process | read | memory above the state |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, samples in found.items():
         one = samples[len(samples) // 2]
@@ -250,7 +253,8 @@ def table(found: dict[str, list[Sample]], size: int) -> str:
         each = ", ".join(f"{part / size:.2f}" for part in one.written)
         read = f"{sum(one.read) / size:.2f} ×" if one.read else ""
         memory = f"{max(max(s.memory) for s in samples) / 1e6:.0f} MB" if one.memory else ""
-        rows.append(f"| {name} | {middle[name] / middle[OURS]:.2f} | {written} | {each} | {read} | {memory} |")
+        used = f"{statistics.median(one.processor for one in samples):.2f}"
+        rows.append(f"| {name} | {middle[name] / middle[OURS]:.2f} | {used} | {written} | {each} | {read} | {memory} |")
     return "\n".join(rows)
 
 
