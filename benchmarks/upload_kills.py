@@ -114,9 +114,9 @@ def train(here: Path, output: str, environment: dict[str, str], source: Path, op
             while checkpointer.progress.step < STEPS:
                 optimize(model, optimizer)
                 checkpointer.step()
+        return whole_state(model, optimizer)
     except Exception as error:  # what a rank raises whose neighbor was killed is not looked at here
         return f"{type(error).__name__}: {error}"
-    return whole_state(model, optimizer)
 
 
 @dataclass
