@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,14 +36,33 @@ _SMALL = 1 << 20
 _CLOSE = 1 << 12
 """Bytes between small ranges that are read together, such as the headers of an archive's members."""
 
-_RUNS = 4
-"""Runs of small ranges that are cached for each file, of at most ``CHUNK`` bytes each."""
+_RUNS = 8
+"""Runs of small ranges that a process caches, of at most ``CHUNK`` bytes each: a conversion has all files open."""
 
 _GAP = 1 << 18
 """Ranges no further apart than this are read in one request: the bytes between cost less than another request."""
 
 
 _Range = tuple[int, int]
+
+
+class _RecentRuns:
+    """The runs that the files of a process have cached, of which the oldest are dropped."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[weakref.ref[ObjectFile], _Range]] = []
+        self._lock = threading.Lock()
+
+    def add(self, file: ObjectFile, run: _Range) -> None:
+        with self._lock:
+            self._held.append((weakref.ref(file), run))
+            dropped, self._held = self._held[:-_RUNS], self._held[-_RUNS:]
+        for reference, old in dropped:
+            if (held := reference()) is not None:
+                held.drop_run(old)
+
+
+_recent_runs = _RecentRuns()
 
 
 class ObjectFile:
@@ -96,7 +116,7 @@ class ObjectFile:
             return
         start, stop = self._window_at(offset)
         if offset + len(buffer) <= stop:
-            window = self._cached(self._windows, (start, stop), _WINDOWS)
+            window = self._cached(self._windows, (start, stop))
             buffer[:] = window[offset - start :][: len(buffer)]
             return
         known = self._windows.get((start, stop), b"")[offset - start :]  # such as the beginning of a long header
@@ -119,8 +139,14 @@ class ObjectFile:
         """Whether these bytes are in a run, from which they then are taken."""
         run = self._run_at(offset, offset + len(buffer))
         if run is not None:
-            buffer[:] = self._cached(self._fetched_runs, run, _RUNS)[offset - run[0] :][: len(buffer)]
+            buffer[:] = self._cached(self._fetched_runs, run)[offset - run[0] :][: len(buffer)]
         return run is not None
+
+    def drop_run(self, run: _Range) -> None:
+        """Fetch a run again when it is read again."""
+        with self._lock:
+            self._fetched_runs.pop(run, None)
+            self._gates.pop(run, None)
 
     def forget(self) -> None:
         """Drop what is cached: the header has been read, and there may be many files."""
@@ -146,20 +172,23 @@ class ObjectFile:
         start = offset // WINDOW * WINDOW
         return start, min(start + WINDOW, tail)
 
-    def _cached(self, cache: dict[_Range, bytes | memoryview], span: _Range, most: int) -> bytes | memoryview:
-        """A range from one of the caches, which holds the last ``most``."""
+    def _cached(self, cache: dict[_Range, bytes | memoryview], span: _Range) -> bytes | memoryview:
+        """A range from one of the caches."""
         with self._lock:
             gate = self._gates.setdefault(span, threading.Lock())
         with gate:  # of several threads that want one range, one fetches it
             found = cache.get(span)
-            if found is None:
-                found = self._fetch(span[0], span[1] - span[0])
-        with self._lock:
-            cache[span] = found
-            if len(cache) > most:
-                oldest = next(iter(cache))
-                cache.pop(oldest)
-                self._gates.pop(oldest, None)
+            if found is not None:
+                return found
+            found = self._fetch(span[0], span[1] - span[0])
+            with self._lock:
+                cache[span] = found
+                if len(self._windows) > _WINDOWS:
+                    oldest = next(iter(self._windows))
+                    self._windows.pop(oldest)
+                    self._gates.pop(oldest, None)
+        if cache is self._fetched_runs:
+            _recent_runs.add(self, span)
         return found
 
     def read_many(self, ranges: Sequence[tuple[int, memoryview]]) -> None:

@@ -16,8 +16,9 @@ from ckpt_convert.errors import (
     UnreadableError,
     UnsafeFileError,
 )
-from ckpt_convert.storage.base import FileKind, read_blocks, read_range
+from ckpt_convert.storage.base import FileKind, Version, read_blocks, read_range
 from ckpt_convert.storage.memory import MemoryStore
+from ckpt_convert.storage.object_store import ObjectFile
 from ckpt_convert.storage.place import FilePool, Place, as_place, check_unchanged, checked_place
 
 FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)), "ckpt_convert/layouts/hf/layout.json": b"[]"}
@@ -267,3 +268,23 @@ def test_a_local_place_is_called_as_it_was_given() -> None:
         assert str(as_place(text)) == str(Path(text))
         assert str(as_place(text) / "c") == str(Path(text) / "c")
         assert str(as_place(text).parent) == str(Path(text).parent)
+
+
+def test_a_process_caches_few_runs_of_small_ranges_however_many_files_are_open() -> None:
+    asked: list[int] = []
+
+    def opened(number: int) -> ObjectFile:
+        def fetch(offset: int, nbytes: int) -> bytes:
+            asked.append(number)
+            return bytes(nbytes)
+
+        file = ObjectFile(str(number), Version(1 << 20, "x"), fetch)
+        file.join([(0, 100), (100, 200)])
+        return file
+
+    files = [opened(number) for number in range(12)]
+    for first, numbers in ((0, range(12)), (100, range(12)), (100, range(4, 12))):
+        asked.clear()
+        for number in numbers:
+            files[number].readinto(first, memoryview(bytearray(100)))
+        assert asked == ([] if len(numbers) == 8 else [*range(12)])
