@@ -47,6 +47,9 @@ _EPOCHS = "epochs_run"
 _RECIPE = "torchtune"
 """The entry of ``extra`` in the training state that holds the recipe's state."""
 
+_PEFT_FOLDER = "adapter"
+"""Where PEFT's files are below merged weights: beside them, transformers would add the adapter to these once more."""
+
 _REPO = "original_repo_id.json"
 """Where ``tune download`` writes down which repository of the Hub the files are from."""
 
@@ -193,13 +196,13 @@ class TorchtuneCheckpointer:
         dir_prefix: Literal["epoch", "step"] = "epoch",
         max_shard_size: str | None = None,
     ) -> None:
-        """Save what a recipe gives: its weights in the source's files, an adapter in PEFT's files beside them.
+        """Save what a recipe gives: its weights in the source's files, an adapter in PEFT's files.
 
         state_dict: "model", by torchtune's keys; of an adapter "adapter" and "adapter_config"; and the state of the
         recipe. It is left as it is.
         epoch: the number of the epoch, in the directory's name.
         intermediate_checkpoint: the run goes on: the state of the recipe is saved, too, and with it the adapter.
-        adapter_only: write PEFT's files alone.
+        adapter_only: write PEFT's files alone; otherwise they are in the folder "adapter" below the merged weights.
         step: the number of the step, in the directory's name where ``dir_prefix`` is "step".
         dir_prefix: "epoch" or "step".
         max_shard_size: has no effect: the files are the source's.
@@ -270,7 +273,8 @@ def _peft_files(tensors: Mapping[str, torch.Tensor], config: AdapterConfig, sour
     """PEFT's files of an adapter, by name; where they cannot hold it, none: it is merged into the weights beside."""
     adapter = TrainedAdapter(config, source, _NATIVE, None)
     try:
-        return adapter.render(adapter.split(_with_its_base(tensors), strict=True))
+        files = adapter.render(adapter.split(_with_its_base(tensors), strict=True))
     except CkptConvertError as error:
         log.warning("the adapter is saved merged only, and not in PEFT's files: %s", error)
         return {}
+    return {f"{_PEFT_FOLDER}/{name}": data for name, data in files.items()}

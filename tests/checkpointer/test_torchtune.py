@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from ckpt_convert import (
     CheckpointNotFoundError,
@@ -22,6 +23,7 @@ from ckpt_convert import (
     TorchtuneCheckpointer,
     UsageError,
     open_checkpoint,
+    verify_checkpoint,
 )
 from tests.checkpointer.training import bfloat16_source, make_model, trainable
 from tests.helpers import GOLDEN, sums
@@ -162,14 +164,14 @@ def test_another_dtype_is_written_where_it_is_asked_for(source: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_an_adapter_is_in_pefts_files_beside_the_merged_weights(source: Path, dora: bool, tmp_path: Path) -> None:
+def test_an_adapter_is_in_pefts_files_below_the_merged_weights(source: Path, dora: bool, tmp_path: Path) -> None:
     saver = checkpointer(source, tmp_path / "run")
     loaded, adapter = saver.load_checkpoint(), adapter_of(make_model(source), dora=dora)
     saver.save_checkpoint({**loaded, **adapter, "epochs_run": 1}, 0, True)
     folder = tmp_path / "run" / "epoch_0"
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_dora"]) == (4, 8, dora)
-    with open_checkpoint(folder / "adapter_model.safetensors") as written:
+    with open_checkpoint(folder / "adapter" / "adapter_model.safetensors") as written:
         keys = {key.removeprefix("base_model.model.") for key in written}
     assert "model.layers.2.mlp.down_proj.lora_A.weight" in keys
     assert len(keys) == 3 * (3 if dora else 2)
@@ -232,6 +234,18 @@ def test_a_run_of_torchtunes_own_checkpointer_goes_on(source: Path, layout: str,
         assert same(loaded["model"], checkpointer(source, tmp_path).load_checkpoint()["model"])
     saver.save_checkpoint(loaded, 2, True)
     assert checkpointer(source, tmp_path / "run", should_load_recipe_state=True).load_checkpoint()["seed"] == 7
+
+
+def test_merged_weights_are_loaded_without_the_adapter_and_pruned_with_it(source: Path, tmp_path: Path) -> None:
+    saver = checkpointer(source, tmp_path / "run", keep_last_n_checkpoints=1)
+    loaded, adapter = saver.load_checkpoint(), adapter_of(make_model(source))
+    for epoch in range(2):
+        saver.save_checkpoint({**loaded, **adapter}, epoch)
+    assert [path.name for path in (tmp_path / "run").glob("epoch_*")] == ["epoch_1"]
+    assert verify_checkpoint(tmp_path / "run" / "epoch_1").ok
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "epoch_1")
+    expected = AutoModelForCausalLM.from_pretrained(source).state_dict()
+    assert same(dict(model.state_dict()), dict(expected))
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -98,8 +98,8 @@ def test_an_adapter_goes_on_as_it_does_with_torchtunes_own(packages: str, source
     run(packages, source, begun, THEIRS, resume=True, **options)
     for output in (changed, ours):
         run(packages, source, output, OURS, resume=True, **options)
-        name = Path("epoch_1", "adapter_model.safetensors")
-        assert same_tensors(output / name, begun / name)
+        name = "adapter_model.safetensors"
+        assert same_tensors(output / "epoch_1" / "adapter" / name, begun / "epoch_1" / name)
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -109,11 +109,13 @@ def test_an_adapter_is_in_the_files_that_torchtune_writes_for_peft(
     """But for DoRA's magnitudes of q and k, which torchtune leaves in the order of its own rows; B it reorders."""
     options = {"recipe": "lora", "dtype": "fp32", "dora": dora, "epochs": 1}
     theirs, ours = (run(packages, source, tmp_path / one, one, **options) / "epoch_0" for one in (THEIRS, OURS))
-    one, other = (load_file(output / "adapter_model.safetensors") for output in (theirs, ours))
+    one, other = (load_file(output / "adapter_model.safetensors") for output in (theirs, ours / "adapter"))
     differing = {key for key in one if not torch.equal(one[key], other[key])}
     assert one.keys() == other.keys()
     assert differing == {key for key in one if key.endswith("q_proj.lora_magnitude_vector")}
-    assert json.loads((ours / "adapter_config.json").read_text())["use_dora"] == dora
+    assert json.loads((ours / "adapter" / "adapter_config.json").read_text())["use_dora"] == dora
     alone = run(packages, source, tmp_path / "alone", OURS, adapter_only=True, **options) / "epoch_0"
-    assert (alone / "adapter_model.safetensors").read_bytes() == (ours / "adapter_model.safetensors").read_bytes()
+    assert (alone / "adapter_model.safetensors").read_bytes() == (
+        ours / "adapter" / "adapter_model.safetensors"
+    ).read_bytes()
     assert not list(alone.glob("model*"))
