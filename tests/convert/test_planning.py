@@ -45,13 +45,13 @@ class Bytes:
 class Kept:
     """A staged file in memory."""
 
+    is_past_cache = False
+
     def __init__(self, name: str, size: int) -> None:
         self.name, self.data = name, bytearray(size)
 
     def write(self, offset: int, data: memoryview) -> None:
         self.data[offset : offset + len(data)] = data
-
-    def start_writeback(self, offset: int, nbytes: int) -> None: ...
 
 
 class Memory:
