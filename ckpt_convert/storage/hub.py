@@ -122,8 +122,8 @@ def repository_of(place: Place) -> HubId | None:
     text = str(place)
     if text.startswith(PREFIX):
         return parse_hub_id(text)
-    match = re.search(r"(?:^|/)models--([^/]+)/snapshots/([^/]+)(?:/(.+))?$", text)
-    return None if match is None else HubId(match[1].replace("--", "/"), match[2], match[3] or "")
+    match = re.search(r"(?:^|/)models--(?:([^/]+)--)?([^/]+)/snapshots/([^/]+)(?:/(.+))?$", text)
+    return None if match is None else HubId("/".join(filter(None, match.group(1, 2))), match[3], match[4] or "")
 
 
 def content_hash(file: Place) -> str | None:
