@@ -5,14 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 import torch
 import xxhash
 
-GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"
+TESTS = Path(__file__).parent
+GOLDEN = TESTS.parent / "fixtures" / "golden"
 CASES = ("llama", "llama2", "llama_tied", "mistral")
 
 Tensors = dict[str, torch.Tensor]
@@ -91,3 +94,12 @@ def crc64(data: bytes) -> str:
     index = (int.from_bytes(stream[-8:-4], "little") + 1) * 4
     end = len(stream) - 12 - index
     return f"{int.from_bytes(stream[end - 8 : end], 'little') if data else 0:016x}"
+
+
+def trainer_packages(trainer: str) -> str:
+    """The folder of a trainer's packages, for tests that run it; they are skipped where it cannot be installed."""
+    command = [str(TESTS / "trainers.sh"), trainer]
+    found = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip(found.stderr.strip())
+    return found.stdout.strip()

@@ -15,19 +15,11 @@ import pytest
 
 from tests.checkpointer.training import bfloat16_source
 from tests.conftest import ROOT
-from tests.helpers import sums
+from tests.helpers import sums, trainer_packages
 
 BATCHES = 7
 
 pytestmark = pytest.mark.slow
-
-
-def packages(trainer: str) -> str:
-    """The folder of a trainer's packages; what the script says where there is none is the test's failure."""
-    command = [ROOT / "trainers.sh", trainer]
-    found = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stderr
-    return found.stdout.strip()
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(trainer: str, source: Path, output: Path, stop: int | None = None) -> Path:
-    options = {"trainer": trainer, "packages": packages(trainer), "source": str(source), "output": str(output)}
+    options = {"trainer": trainer, "packages": trainer_packages(trainer), "source": str(source), "output": str(output)}
     command = [sys.executable, "-m", "tests.checkpointer.other_loops", json.dumps({**options, "stop": stop})]
     done = subprocess.run(command, cwd=ROOT.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

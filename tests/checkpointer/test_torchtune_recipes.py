@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from tests.checkpointer.training import bfloat16_source
 from tests.conftest import ROOT
-from tests.helpers import sums
+from tests.helpers import sums, trainer_packages
 
 THEIRS, OURS = "torchtune.training.FullModelHFCheckpointer", "ckpt_convert.TorchtuneCheckpointer"
 FILES = [f"model-{at:05}-of-00004.safetensors" for at in range(1, 5)]
@@ -28,11 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def packages() -> str:
-    found = subprocess.run(
-        [ROOT / "trainers.sh", "torchtune"], cwd=ROOT.parent, capture_output=True, text=True, check=False
-    )
-    assert found.returncode == 0, found.stderr
-    return found.stdout.strip()
+    return trainer_packages("torchtune")
 
 
 @pytest.fixture(scope="module")
