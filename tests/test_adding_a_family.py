@@ -55,6 +55,7 @@ def test_the_page_uses_what_is_public_alone() -> None:
     assert set(imports) == {"ckpt_convert.families", "ckpt_convert"}
 
 
+@pytest.mark.slow
 def test_the_test_of_the_page_passes(site: Path, tmp_path: Path) -> None:
     """Every direction, two ranks, formulas as judges, and a training run."""
     (tmp_path / "test_starcoder2.py").write_text(TEST)

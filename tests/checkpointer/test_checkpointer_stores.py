@@ -211,7 +211,11 @@ def test_requests(source: Path, run: Place) -> None:
     assert requests == {"list": 9, "get": 6, "head": 1}
 
 
-@pytest.mark.parametrize(("times", "lost"), [(1, False), (1, True), (None, False)], ids=["once", "lost", "for good"])
+@pytest.mark.parametrize(
+    ("times", "lost"),
+    [pytest.param(1, False, marks=pytest.mark.slow), (1, True), (None, False)],
+    ids=["once", "lost", "for good"],
+)
 def test_whatever_request_of_a_save_fails_a_sound_step_is_gone_on_from(
     times: int | None, lost: bool, source: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

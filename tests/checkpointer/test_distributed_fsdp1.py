@@ -50,7 +50,12 @@ def go_on(
 
 @pytest.mark.parametrize(
     ("orig", "mesh", "asynchronous"),
-    [(True, True, False), (True, False, True), (False, True, True), (False, False, False)],
+    [
+        (True, False, True),
+        (False, False, False),
+        pytest.param(True, True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_every_world(pool: Pool, orig: bool, mesh: bool, asynchronous: bool, tmp_path: Path) -> None:
     source, options = trainable(tmp_path / "source"), {"asynchronous": asynchronous}

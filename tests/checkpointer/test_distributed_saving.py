@@ -165,7 +165,7 @@ def train_full_split(
     return train_full(here / "out", split(make_model(), how), source, until, **options)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("asynchronous", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["sync", "async"])
 @pytest.mark.parametrize("worlds", [(2, 3, 4), (4, 2, 1)], ids=str)
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_resumed_by_other_worlds(

@@ -77,7 +77,7 @@ def steps_of(url: str) -> list[int]:
     return [saved.step for saved in saved_steps.scan_steps(checked_place(url))]
 
 
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("asynchronous", [pytest.param(False, marks=pytest.mark.slow), True], ids=["sync", "async"])
 def test_other_ranks_go_on_from_the_bucket_alone(
     pool: Pool, bucket: Bucket, environment: dict[str, str], asynchronous: bool, source: Path, tmp_path: Path
 ) -> None:
@@ -241,7 +241,7 @@ def go_on(here: Path, url: str, environment: dict[str, str], source: Path) -> Se
     return arrived
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_in_an_upload(
     pool: Pool, bucket: Bucket, environment: dict[str, str], rank: int, source: Path, tmp_path: Path
 ) -> None:

@@ -84,7 +84,7 @@ def train(
     return {key: tensor.clone() for key, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_that_is_stopped_and_resumed_gives_the_same_weights(
     source: Path, tmp_path: Path, accumulate: int
 ) -> None:
