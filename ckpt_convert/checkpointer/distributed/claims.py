@@ -121,14 +121,18 @@ class Claims:
     def _owned(self, claim: Claim, held: Sequence[torch.Tensor], division: Division) -> dict[str, Owned]:
         there = dict(zip(claim.names, zip(held, claim.which.tolist(), strict=True), strict=True))
         (mine,) = division.shares
+        parts: dict[tuple[int, Share], _Part | None] = {}  # a few, of all those tensors
         out = {}
         for key, group in zip(division.names, division.groups.tolist(), strict=True):
-            if key in there:
-                local, kind = there[key]
-                out[key] = _owned(local, claim.kinds[kind], mine[group], self._by_rows)
-            else:
-                dtype, shape = division.tensors[group]
-                out[key] = _nothing(dtype, shape)
+            if key not in there:
+                out[key] = _nothing(*division.tensors[group])
+                continue
+            local, kind = there[key]
+            of = kind, mine[group]
+            if of not in parts:
+                parts[of] = _part(claim.kinds[kind], mine[group], self._by_rows)
+            part = parts[of]
+            out[key] = _nothing(*division.tensors[group]) if part is None else part.of(local)
         return out
 
     @torch.no_grad()
@@ -258,19 +262,27 @@ def _text(part: Slice) -> str:
     return "×".join("+".join(f"{start}:{stop}" for start, stop in axis) or "nothing" for axis in part.axes)
 
 
-def _owned(local: torch.Tensor, held: Held, share: Share, by_rows: bool) -> Owned:
-    """The part of a held slice that is a rank's share: rows of it, or columns where there are too few."""
-    if not share.holders:
-        return _nothing(held.dtype, held.part.shape)
-    if share.holders == 1:
-        return Owned(local, held.part)
+class _Part(NamedTuple):
+    """A rank's share of a held slice; ``where`` it is in the tensor in memory (axis, start, count), None for all."""
+
+    part: Slice
+    where: tuple[int, int, int] | None
+
+    def of(self, local: torch.Tensor) -> Owned:
+        return Owned(local if self.where is None else local.narrow(*self.where), self.part)
+
+
+def _part(held: Held, share: Share, by_rows: bool) -> _Part | None:
+    """A rank's share: rows of the slice, or columns where there are too few; None for nothing."""
     sizes = held.part.local_shape
-    if not sizes:
-        return Owned(local, held.part) if not share.number else _nothing(held.dtype, held.part.shape)
+    if share.holders == 1 or (share.holders and not sizes and not share.number):
+        return _Part(held.part, None)
+    if not share.holders or not sizes:
+        return None
     enough = (axis for axis, size in enumerate(sizes) if size >= share.holders)
     axis = 0 if by_rows else next(enough, sizes.index(max(sizes)))
     start, stop = (sizes[axis] * number // share.holders for number in (share.number, share.number + 1))
-    return Owned(local.narrow(axis, start, stop - start), held.part.narrow(axis, start, stop))
+    return _Part(held.part.narrow(axis, start, stop), (axis, start, stop - start))
 
 
 def _nothing(dtype: str, shape: tuple[int, ...]) -> Owned:
