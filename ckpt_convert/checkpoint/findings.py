@@ -52,8 +52,11 @@ def failed_check(
     return Finding(severity, check, text, file, key, unreadable=isinstance(error, UnreadableError | OSError))
 
 
-def raise_if_any(findings: Sequence[Finding], source_name: str) -> None:
-    """Raise KeyMismatchError or ShapeMismatchError that lists every finding (at most a screenful of each kind)."""
+def raise_if_any(findings: Sequence[Finding], source_name: str, way: str | None = None) -> None:
+    """Raise KeyMismatchError or ShapeMismatchError that lists every finding (at most a screenful of each kind).
+
+    ``way`` is the way out, where it is not that of a checkpoint's files.
+    """
     parts = [
         f"\n  {len(lines)} {title}:{indented_list(lines)}"
         for check, title in _TITLES.items()
@@ -63,12 +66,10 @@ def raise_if_any(findings: Sequence[Finding], source_name: str) -> None:
         return
     is_keys = any(finding.check != "shape" for finding in findings)
     error: type[CkptConvertError] = KeyMismatchError if is_keys else ShapeMismatchError
-    way = (
-        ""
-        if is_keys
-        else "\n  `ckpt-convert verify` names the setting that does not fit; give a corrected config with `config=`"
-    )
-    raise error(f"{source_name} does not fit:{''.join(parts)}{way}")
+    if way is None and not is_keys:
+        way = "`ckpt-convert verify` names the setting that does not fit; give a corrected config with `config=`"
+    parts += [f"\n  {way}"] if way is not None else []
+    raise error(f"{source_name} does not fit:{''.join(parts)}")
 
 
 def errors_only(findings: Iterable[Finding]) -> list[Finding]:

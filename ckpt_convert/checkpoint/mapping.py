@@ -56,15 +56,21 @@ class LogicalTensors:
 
 
 def read_column(
-    family: Family, format: str, dims: Mapping[str, int], ranks: Sequence[Mapping[str, SourceTensor]], source_name: str
+    family: Family,
+    format: str,
+    dims: Mapping[str, int],
+    ranks: Sequence[Mapping[str, SourceTensor]],
+    source_name: str,
+    way: str | None = None,
 ) -> LogicalTensors:
     """Claim every source key exactly once and return the logical tensors.
 
-    ``ranks`` has one mapping for each tensor-parallel rank (a single one for formats without ranks).
-    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
+    ``ranks`` has one mapping for each tensor-parallel rank (a single one for formats without ranks). ``way`` is the way
+    out for messages, where that is not to correct files or config. Raises KeyMismatchError or ShapeMismatchError
+    naming every missing, unexpected and misshapen tensor.
     """
     logicals, findings = examine_column(family, format, dims, ranks)
-    raise_if_any(findings, source_name)
+    raise_if_any(findings, source_name, way)
     return logicals
 
 

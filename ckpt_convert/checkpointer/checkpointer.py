@@ -109,7 +109,7 @@ class Checkpointer:
             config: a config.json (a path, or its content) for a source that has none.
             family: the name of the architecture, such as "llama", where it cannot be detected.
             source_format: the format of ``source``, where it cannot be detected.
-            save_every: "500 steps", "1 epoch", "10M tokens", "30 minutes", a list of these, or a function of the
+            save_every: "500 steps", "1 epoch", "10_000_000 tokens", "30 min", a list of these, or a function of the
                 progress; None to save only where another option says so.
             save_first: also save after the first step.
             save_last: also save in ``close``.
@@ -118,7 +118,7 @@ class Checkpointer:
             best: the metric that is the best by, such as "val_loss:min", or several; "best" is the best by the first.
             keep_best: how many of the best steps by each metric to keep as well.
             keep_last_training_state: how many of the newest steps keep their training state; the others keep weights.
-            contents: "full", "weights" (no training state) or "adapter" (adapter and training state).
+            contents: "full", "weights" or "adapter" (PEFT's files alone); these two have no training state.
             final: what differs in the last save: ``Final(contents=..., export_dtype=..., output_format=...)``.
             asynchronous: write in the background; the training waits only while the tensors are copied in memory.
             export_dtype: "float32", "float16" or "bfloat16" for all weights; by default each keeps the source's dtype.
@@ -363,15 +363,15 @@ class Checkpointer:
         if self._saver.saved_step != self.progress.step:
             self._saver.save()
 
-    def create_seed_checkpoint(self, model: Model) -> Path:
-        """Save a model's initial weights as step 0, without training; returns the directory."""
+    def create_seed_checkpoint(self, model: Model) -> Path | str:
+        """Save a model's initial weights as step 0, without training; returns the directory, of a store its URL."""
         self._refuse_closed()
         if self._saver.parts is None:
             self.register(model=model)
         if self._saver.saved_step is None:
             self._saver.save(replace(self._options.settings, contents="weights"))
         self.wait()
-        return self._saver.next_destination.local
+        return self._saver.next_location
 
     def wait(self) -> None:
         """Wait until a background save is complete; raises its error."""

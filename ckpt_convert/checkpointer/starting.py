@@ -75,7 +75,7 @@ def load_model(
 ) -> LoadReport:
     """Fill a model from the source; see ``Checkpointer.load_model``."""
     if not options.has_source:
-        raise UsageError("source=None: there are no weights to load; initialise the model, then register() it")
+        raise UsageError("source=None: there are no weights to load; initialize the model, then register() it")
     planner = saver.planner
     report = planner.load_source(
         model, options.workers, options.progress, strict=strict, include=include, exclude=exclude

@@ -49,8 +49,16 @@ class CheckpointerCallback(TrainerCallback):
         self._save_strategy: Any = None
 
     def newest(self) -> str | None:
-        """The directory of the newest undamaged checkpoint, None for a fresh start."""
+        """The directory of the newest undamaged checkpoint, None for a fresh start.
+
+        Raises UsageError where that is in a store alone: Trainer reads a directory on a disk.
+        """
         found = self.checkpointer.newest()
+        if found is not None and not found.place.is_local:
+            raise UsageError(
+                f"{found.place}: Trainer resumes from a directory on a disk, and no newer step is on this one; copy it "
+                f"to LOCAL_DIR/{found.place.name}, give the Checkpointer local_dir=LOCAL_DIR, and start again"
+            )
         self._newest = found.place if found is not None else None
         return str(found.place) if found is not None else None
 

@@ -369,7 +369,7 @@ def _read(inputs: PlanInputs, model: Model, equal: EqualBytes | None) -> tuple[S
         template = translate.read_source(known, template.format, source.ranks, str(source.place), equal)
     if live is None:
         return template, template.logicals
-    reading = translate.read_source(known, live.format, [live.tensors], f"the model, as {live.format}")
+    reading = translate.read_model(known, live.format, live.tensors)
     told = replace(reading.ties, is_stated=model.tied is not None)
     return replace(reading, ties=told), template.logicals
 

@@ -21,6 +21,11 @@ from ckpt_convert.tensors.lazy import zeros
 
 Ranks = Sequence[Mapping[str, SourceTensor]]
 
+_OWN_FILES = (
+    "if the keys are those of another layout, name it (model_format=); a model of other tensors than its source's is "
+    "saved once by itself (save_pretrained), and that made the source"
+)
+
 
 @dataclass(frozen=True)
 class SourceReading:
@@ -75,15 +80,26 @@ def check_formats(model: Model, source_name: str, *formats: str) -> None:
 
 
 def read_source(
-    model: Model, format: str, ranks: Ranks, source_name: str, equal: EqualBytes | None = None
+    model: Model,
+    format: str,
+    ranks: Ranks,
+    source_name: str,
+    equal: EqualBytes | None = None,
+    way: str | None = None,
 ) -> SourceReading:
     """Read stored tensors through their column; ``equal`` compares two tensors where their bytes decide about ties.
 
-    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor.
+    Raises KeyMismatchError or ShapeMismatchError naming every missing, unexpected and misshapen tensor, and the ``way``
+    out.
     """
     known = ties.presumed_untied(model)
-    logicals = mapping.read_column(known.family, format, known.dims, ranks, source_name)
+    logicals = mapping.read_column(known.family, format, known.dims, ranks, source_name, way)
     return SourceReading(format, logicals, ties.decide_ties(model, logicals, equal))
+
+
+def read_model(model: Model, format: str, tensors: Mapping[str, SourceTensor]) -> SourceReading:
+    """``read_source`` for the tensors of a model in training, which are to be saved in the files of its source."""
+    return read_source(model, format, [tensors], "the model in memory", way=_OWN_FILES)
 
 
 def write_target(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class TransferProgress:
-    """How far a conversion is: bytes of ``total`` done in this ``phase`` (checking, converting, verifying)."""
+    """Bytes of ``total`` done in this ``phase``: checking, converting, verifying, loading or saving."""
 
     phase: str
     done: int

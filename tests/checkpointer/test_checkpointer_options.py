@@ -309,8 +309,11 @@ def test_another_size_is_told_at_the_start(tmp_path: Path) -> None:
     model = NativeLlama.from_config(config)
     with Checkpointer(LLAMA, tmp_path / "out") as checkpointer:
         for call in (checkpointer.load_model, lambda model: checkpointer.register(model=model)):
-            with pytest.raises(CkptConvertError, match=r"layers\.\S*mlp\.w1\.weight"):
+            with pytest.raises(CkptConvertError, match=r"layers\.\S*mlp\.w1\.weight") as caught:
                 call(model)
+            assert "`config=`" not in str(caught.value)
+        assert "the model in memory does not fit" in str(caught.value)
+        assert "made the source" in str(caught.value)
         checkpointer.close()
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import shutil
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from ckpt_convert import Checkpointer, CheckpointNotFoundError
+from ckpt_convert import Checkpointer, CheckpointNotFoundError, UsageError
 from ckpt_convert.checkpointer.trainer import CheckpointerCallback
+from ckpt_convert.storage.place import Place
+from tests.storage.failing import FailingStore
 
 STEPS = 13  # 10 steps are an epoch
 
@@ -126,3 +129,16 @@ def test_a_step_that_is_not_there_is_an_error(source: Path, tmp_path: Path) -> N
     )
     with pytest.raises(CheckpointNotFoundError, match="no checkpoint of step 6"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "one" / "step_6"))
+
+
+def test_a_step_that_is_in_a_store_alone_is_copied_to_the_disk_first(source: Path, tmp_path: Path) -> None:
+    run = Place(FailingStore(), PurePosixPath("runs/mine"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    with Checkpointer(source, run, model_format="hf", local_dir=one) as checkpointer:
+        checkpointer.register(model=LlamaForCausalLM.from_pretrained(source))
+        checkpointer.step()
+    callback = CheckpointerCallback(Checkpointer(source, run, model_format="hf", local_dir=two))
+    with pytest.raises(UsageError, match=r"step_1: Trainer resumes from a directory on a disk.* LOCAL_DIR/step_1"):
+        callback.newest()
+    shutil.copytree(one / "step_1", two / "step_1")
+    assert callback.newest() == str(two / "step_1")

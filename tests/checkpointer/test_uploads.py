@@ -145,6 +145,14 @@ def test_a_temporary_directory_is_gone_at_the_end(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("mode", ["behind", "direct"])
+def test_a_seed_checkpoint_is_named_by_its_url(mode: Any, source: Path, run: Place) -> None:
+    model = Trained(source).model
+    with Checkpointer(None, run, config=source / "config.json", upload=mode) as checkpointer:
+        assert checkpointer.create_seed_checkpoint(model) == str(run / "step_0")
+    assert steps(run) == ["step_0"]
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("machine", ["the same", "another"])
 def test_a_run_goes_on_bit_for_bit(asynchronous: bool, machine: str, source: Path, run: Place, tmp_path: Path) -> None:

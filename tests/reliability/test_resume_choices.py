@@ -169,6 +169,7 @@ def test_a_glob_that_names_nothing_is_an_error_on_a_fresh_start_and_on_a_resume(
         if "matches nothing" in str(caught.value):
             for name in ("optimizer", "dataloader", "rng", "progress", "model/tok_embeddings.weight"):
                 assert name in str(caught.value)
+            assert "optimizer, optimizer" not in str(caught.value)
         assert_same(trained.model.state_dict(), untouched.model.state_dict())
 
 

@@ -49,7 +49,7 @@ class Selection:
 
     def check(self, names: Collection[str]) -> None:
         """Raise UsageError for a glob that matches none of the names, and if nothing is left to load."""
-        everything = [*names, *(name for name in KNOWN if name not in names)]
+        everything = [*dict.fromkeys((*names, *KNOWN))]
         for option, globs in (("include", self.include or ()), ("exclude", self.exclude)):
             for glob in globs:
                 if not any(matches_glob(name, (glob,)) for name in everything):

@@ -358,7 +358,7 @@ def _check(key: str, tensor: torch.Tensor) -> None:
             f"{key}: is on the meta device, so there is nothing to load into or to save; use model.to_empty()"
         )
     if local_of(tensor).layout != torch.strided or tensor.is_quantized:
-        raise UsageError(f"{key}: expected a dense tensor, found {tensor.layout}, quantised: {tensor.is_quantized}")
+        raise UsageError(f"{key}: expected a dense tensor, found {tensor.layout}, quantized: {tensor.is_quantized}")
     slice_of(key, tensor)
     if name not in FROM_TORCH:
         raise UsageError(f"{key}: dtype {name} is not known; known: {', '.join(sorted(FROM_TORCH))}")

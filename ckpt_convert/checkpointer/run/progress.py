@@ -34,7 +34,7 @@ class Progress:
     def from_dict(cls, values: Mapping[str, Any], origin: str = "the progress") -> Progress:
         """The inverse of ``as_dict``; a missing counter is 0, unknown names are ignored.
 
-        ``named_by`` is the place for the message. Raises CorruptFileError for a value that counts nothing, and where
+        ``origin`` is what messages name. Raises CorruptFileError for a value that counts nothing, and where
         the step is missing.
         """
         if "step" not in values:

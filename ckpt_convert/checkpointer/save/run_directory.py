@@ -205,6 +205,10 @@ class RunDirectory:
         """The directory of a step with the metrics that it has so far."""
         return self.path / self._template.format(progress, self.run_name, metrics)
 
+    def stays_at(self, destination: Place) -> Place:
+        """Where a step stays that is saved in ``destination``."""
+        return destination
+
     def next_sequence(self) -> int:
         """The sequence number of the next save; the newest checkpoint has the highest."""
         self._sequence += 1

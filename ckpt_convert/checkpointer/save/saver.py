@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +69,12 @@ class Saver:
     def next_destination(self) -> Place:
         """The directory that a save of this step would write."""
         return self.directory.destination(self.counts.progress, self.counts.step_metrics.metrics)
+
+    @property
+    def next_location(self) -> Path | str:
+        """Where that directory stays: its path, or its URL in a store."""
+        place = self.directory.stays_at(self.next_destination)
+        return place.local if place.is_local else str(place)
 
     def require(self, what: str) -> TrainingParts:
         """The objects of the run; raises UsageError for a call before resume() or register()."""

@@ -75,6 +75,9 @@ class UploadedDirectory(RunDirectory):
         """The same step in the store."""
         return None if place is None else self.remote.path / place.name
 
+    def stays_at(self, destination: Place) -> Place:
+        return self.remote.path / destination.name
+
     # Opening and closing
 
     def open(self, source: Identified, options: Mapping[str, str]) -> None:
