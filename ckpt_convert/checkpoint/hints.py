@@ -37,7 +37,8 @@ def make_hints(family: str | None, config: Location | None, options: ConfigOptio
         raise option_error("family", family, unknown_family(family))
     place = locate_file(config, "config") if config is not None else None
     if place is not None and not place.is_regular_file():
-        raise ConfigError(f"{place}: no such file; `config=` takes a config.json or params.json")
+        what = "is a directory" if place.is_folder() else "no such file"
+        raise ConfigError(f"{place}: {what}; `config=` takes a config.json or params.json")
     return Hints(family, place, options or ConfigOptions())
 
 

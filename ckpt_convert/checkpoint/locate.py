@@ -50,7 +50,8 @@ def locate_checkpoint(
         return _in_repository(named, f"{text}: no such path; {named}", format, cache)
     if place.link() is not None:
         raise CheckpointNotFoundError(f"{source}: is a link that leads nowhere")
-    raise CheckpointNotFoundError(f"{source}: no such file or directory, and no Hub id (org/name) either")
+    what_else = ", and no Hub id (org/name) either" if place.is_local else "; look at the bucket and at the name"
+    raise CheckpointNotFoundError(f"{source}: no such file or directory{what_else}")
 
 
 def locate_file(given: Location, what: str) -> Place:

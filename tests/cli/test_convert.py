@@ -100,6 +100,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
         (("meta-to-hf", HF, "OUT"), 3, "no weight files of the meta format"),
         (("hf-to-meta", HF, "OUT", "--family", "gpt"), 2, "is no family"),
         (("hf-to-meta", HF, "OUT", "--config", "/nowhere.json"), 3, "no such file"),
+        (("hf-to-meta", HF, "OUT", "--config", HF), 3, "is a directory; --config takes a config.json"),
     ],
 )
 def test_exit_codes(words: tuple[object, ...], code: int, message: str, tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ class TestOpening:
 
     def test_nothing_is_there(self, stored: Stored) -> None:
         place = stored(HF).parent / "y"
-        with pytest.raises(CheckpointNotFoundError, match=f"{place}: no such file or directory"):
+        with pytest.raises(CheckpointNotFoundError, match=f"{place}: no such file or directory; look at"):
             ckpt_convert.open_checkpoint(place)
 
     def test_statistics(self, stored: Stored) -> None:
