@@ -47,7 +47,7 @@ class Report:
     """What a conversion did.
 
     ``files`` are the weight files; ``bytes`` those of their tensors; ``drops`` the tensors that the target has no place
-    for (kept in the record); ``side_files`` name → copied, generated, restored or carried; ``moves`` bytes copied,
+    for (kept in the record); ``side_files`` name → copied, generated or restored; ``moves`` bytes copied,
     reordered and cast; ``verified`` the number of tensors compared, None without ``verify``; ``overflows`` the number
     of finite values that a cast has made infinite, by key; ``merged`` the number of weights that an adapter changed.
     """
