@@ -20,7 +20,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from ckpt_convert.checkpointer.distributed.ranks import Ranks, packed, unpacked
-from ckpt_convert.checkpointer.distributed.slices import Slice, local_of, nothing, slice_of
+from ckpt_convert.checkpointer.distributed.slices import Slice, nothing, slice_of
 from ckpt_convert.dtypes import torch_name
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.checksums import digest
@@ -89,11 +89,12 @@ class Claims:
         self._agreed = ""
         self._known: dict[Any, int] = {}
         self._placements: dict[Any, int] = {}
-        self._numbered: dict[int, tuple[object, int]] = {}
-        """Different placements by number; and those of the last tensors with theirs, by ``id``: to compare and to hash
-        placements takes torch a fifth of a second for 45,000 tensors."""
+        self._numbered: dict[tuple[int, int], tuple[object, int]] = {}
+        """Different placements on a mesh by number; and those of the last tensors with theirs, by ``id``: to compare
+        and to hash them takes torch a quarter of a second for 45,000 tensors."""
         self._kinds: list[Held] = []
         self._sizes: list[tuple[int, ...]] = []
+        self._parts: dict[tuple[int, Share], _Part | None] = {}
         self._division = Division((), np.empty(0, np.int32), [], [[]])
 
     def of(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, Owned]:
@@ -121,7 +122,6 @@ class Claims:
     def _owned(self, claim: Claim, held: Sequence[torch.Tensor], division: Division) -> dict[str, Owned]:
         there = dict(zip(claim.names, zip(held, claim.which.tolist(), strict=True), strict=True))
         (mine,) = division.shares
-        parts: dict[tuple[int, Share], _Part | None] = {}  # a few, of all those tensors
         out = {}
         for key, group in zip(division.names, division.groups.tolist(), strict=True):
             if key not in there:
@@ -129,9 +129,9 @@ class Claims:
                 continue
             local, kind = there[key]
             of = kind, mine[group]
-            if of not in parts:
-                parts[of] = _part(claim.kinds[kind], mine[group], self._by_rows)
-            part = parts[of]
+            if of not in self._parts:
+                self._parts[of] = _part(claim.kinds[kind], mine[group], self._by_rows)
+            part = self._parts[of]
             out[key] = _nothing(*division.tensors[group]) if part is None else part.of(local)
         return out
 
@@ -141,27 +141,29 @@ class Claims:
 
         Tensors of one placement, shape and dtype hold the same, so each is looked at once.
         """
-        which = np.empty(len(tensors), np.int32)
         before, self._numbered = self._numbered, {}
-        local = [local_of(tensor) for tensor in tensors.values()]
-        for at, (key, tensor) in enumerate(tensors.items()):
+        which, local = [], []
+        for key, tensor in tensors.items():
             place: tuple[Any, ...] = (tensor.shape, tensor.dtype)
+            here = tensor
             if isinstance(tensor, DTensor):
-                placed = tensor.placements
-                numbered = before.get(id(placed)) or (
-                    placed,
-                    self._placements.setdefault(placed, len(self._placements)),
-                )
-                self._numbered[id(placed)] = numbered
-                place = (*place, tensor.device_mesh, numbered[1])
+                here = tensor.to_local()
+                placed = tensor.placements, tensor.device_mesh
+                these = id(placed[0]), id(placed[1])
+                numbered = before.get(these)
+                if numbered is None:
+                    numbered = placed, self._placements.setdefault(placed, len(self._placements))
+                self._numbered[these] = numbered
+                place = (*place, numbered[1])
             number = self._known.get(place)
-            if number is None or hasattr(tensor, "ds_id") or local[at].shape != self._sizes[number]:
+            if number is None or hasattr(tensor, "ds_id") or here.shape != self._sizes[number]:
                 held = Held(torch_name(tensor.dtype), slice_of(key, tensor))
                 number = self._known[place] = len(self._kinds)
                 self._kinds.append(held)
                 self._sizes.append(held.part.local_shape)
-            which[at] = number
-        return Claim(tuple(tensors), tuple(self._kinds), which), local
+            which.append(number)
+            local.append(here)
+        return Claim(tuple(tensors), tuple(self._kinds), np.array(which, np.int32)), local
 
 
 def names_elsewhere(names: Collection[str], ranks: Ranks | None) -> set[str]:
@@ -269,7 +271,7 @@ class _Part(NamedTuple):
     where: tuple[int, int, int] | None
 
     def of(self, local: torch.Tensor) -> Owned:
-        return Owned(local if self.where is None else local.narrow(*self.where), self.part)
+        return Owned(local.detach() if self.where is None else local.narrow(*self.where), self.part)
 
 
 def _part(held: Held, share: Share, by_rows: bool) -> _Part | None:
