@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from ckpt_convert.checkpointer.distributed.claims import Owned
@@ -14,6 +16,11 @@ from ckpt_convert.checkpointer.state.shared_state import SharedState
 
 State = Mapping[str, SerializedState] | SharedState
 """A training state: all of it, or what this process writes of one that several ranks write."""
+
+
+_LARGE = 1 << 18
+"""Bytes from which numpy copies: by libc's memcpy, which does not read what it overwrites, as torch's loop does; two to
+three times as fast where it was measured, but it takes a few microseconds to begin."""
 
 
 class CopyBuffers:
@@ -42,7 +49,7 @@ class CopyBuffers:
                     out[name] = done[place]
                     continue
                 buffer = self._buffer(name, tensor)
-                buffer.copy_(tensor, non_blocking=self._pin)
+                _copy(buffer, tensor, self._pin)
                 if tensor.device.type != "cpu":
                     devices.add(tensor.device)
                 out[name] = done[place] = buffer
@@ -62,6 +69,18 @@ class CopyBuffers:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pin)
             self._buffers[name] = buffer
         return buffer
+
+
+def _copy(buffer: torch.Tensor, tensor: torch.Tensor, pinned: bool) -> None:
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not (tensor.is_conj() or tensor.is_neg())
+    if plain and tensor.is_cpu and tensor.is_contiguous() and tensor.nbytes >= _LARGE:
+        np.copyto(_bytes(buffer), _bytes(tensor))
+    else:
+        buffer.copy_(tensor, non_blocking=pinned)
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
 def stage(
