@@ -47,7 +47,7 @@ check-oldest: $(INSTALLED) ## The same in .venv-oldest, with the oldest versions
 	@$(OLDEST) -m pip install -q --disable-pip-version-check -c .venv-oldest/constraints.txt .
 	$(BIN)/python -m tests.without_torch $(OLDEST)
 
-clean: ## Remove .venv, .venv-notorch and .venv-oldest, what the demo and the recipes wrote, and all caches
+clean: ## Remove .venv, .venv-notorch and .venv-oldest, the directories demo and runs with all that is in them, and all caches
 	rm -rf .venv .venv-notorch .venv-oldest demo runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
