@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, RowBlocks, merge_blocks
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, LastBlock, RowBlocks, Tiles, merge_blocks
 from ckpt_convert.adapters.stored import MergedWeight
 from ckpt_convert.checkpoint.mapping import LogicalTensor
 from ckpt_convert.dtypes import DTYPES, nbytes
@@ -25,7 +25,7 @@ Overflows = dict[tuple[str, int], int]
 _SCRATCH = 1 << 20
 """Bytes of a thread's buffer for rows that are stored in another order."""
 
-_BASE, _MERGED, _B, _MAGNITUDE, _CHECKED = range(5)
+_BASE, _MERGED, _A, _B, _MAGNITUDE, _CHECKED = range(6)
 """The numbers of a thread's buffers."""
 
 
@@ -34,37 +34,44 @@ class Buffers(threading.local):
 
     def __init__(self, stored: Sequence[tuple[WeightFile, StoredTensor]]) -> None:
         self.caster = Caster()
+        self.last = LastBlock()
         self._reader = StridedReader(stored, _SCRATCH)
         self._scratch = Scratch()
-        self._right: tuple[MergedWeight | None, Array] = None, np.empty(0)
+        self._right: tuple[MergedWeight, Tiles] | None = None
 
     def take(self, number: int, dtype: str, count: int) -> Array:
         """``count`` elements of the buffer with this number."""
         return self._scratch.take(number, dtype, count)
 
+    def read_into(self, tensor: LazyTensor, dtype: str, out: Array) -> None:
+        """Fill ``out`` with the bytes of a tensor."""
+        self._reader.read_into(tensor, dtype, out)
+
     def raw(self, tensor: LazyTensor, dtype: str, number: int, room: int = 0) -> Array:
         """The bytes of a tensor, in a buffer with room for so many bytes at least, of which all are returned."""
         size = nbytes(dtype, tensor.shape)
         raw = self.take(number, "|u1", max(size, room))
-        self._reader.read_into(tensor, dtype, raw[:size])
+        self.read_into(tensor, dtype, raw[:size])
         return raw
 
     def values(self, tensor: LazyTensor, dtype: str, number: int, wide: str, shape: tuple[int, ...]) -> Array:
         """The values of a tensor as ``wide`` (numpy's float32 or float64), followed by any others to fill ``shape``."""
+        return self.decode(self.raw(tensor, dtype, number, nbytes(dtype, shape)), dtype, number, wide, shape)
+
+    def decode(self, raw: Array, dtype: str, number: int, wide: str, shape: tuple[int, ...]) -> Array:
+        """The values in ``raw`` as ``wide``: in the buffer with this number, or ``raw`` itself."""
         codec = _codec(dtype)
-        count = prod(shape)
-        raw = self.raw(tensor, dtype, number, nbytes(dtype, shape))
-        found = decode_values(codec, raw, self.take(number, codec.value_dtype, count))
+        found = decode_values(codec, raw, self.take(number, codec.value_dtype, prod(shape)))
         if codec.value_dtype != wide:
-            found, narrow = self.take(number, wide, count), found
+            found, narrow = self.take(number, wide, prod(shape)), found
             np.copyto(found, narrow, casting="unsafe")
         return found.reshape(shape)
 
-    def right(self, weight: MergedWeight, wide: str) -> Array:
+    def right(self, weight: MergedWeight, wide: str) -> Tiles:
         """The values of A, which are kept while this thread reads the same weight."""
-        if self._right[0] is not weight:
+        if self._right is None or self._right[0] is not weight:
             shape = weight.a.tensor.shape
-            self._right = weight, self.values(weight.a.tensor, weight.a.dtype, _BASE, wide, shape).copy()
+            self._right = weight, Tiles(self.values(weight.a.tensor, weight.a.dtype, _A, wide, shape))
         return self._right[1]
 
 
@@ -76,7 +83,7 @@ class MergedMatrix:
         rows, self._columns = weight.base.tensor.shape
         self._row_bytes = nbytes(weight.base.dtype, (self._columns,))
         self._wide = "F64" if weight.base.dtype == "F64" else "F32"
-        self._blocks = RowBlocks(rows, self._row_bytes, self._rows)
+        self._blocks = RowBlocks(rows, self._row_bytes, self._rows, buffers.last)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the bytes from ``offset`` on."""
@@ -86,34 +93,37 @@ class MergedMatrix:
         """Nothing: strided elements are read in one run that covers them."""
         return False
 
-    def _rows(self, start: int, stop: int) -> memoryview:
-        """The bytes of merged rows, from a multiple of BLOCK_ROWS on."""
-        weight, room = self._weight, -(-(stop - start) // BLOCK_ROWS) * BLOCK_ROWS
-        right = self._buffers.right(weight, DTYPES[self._wide].numpy)
-        base = self._values(weight.base, _BASE, start, stop, (room, self._columns))
-        left = self._values(weight.b, _B, start, stop, (room, len(right)))
-        norms = self._values(weight.magnitude, _MAGNITUDE, start, stop, (room,)) if weight.magnitude else None
-        merged = self._buffers.take(_MERGED, base.dtype.str, base.size).reshape(base.shape)
-        merge_blocks(base, left, right, weight.scale, norms, out=merged)
-        out = np.empty((stop - start) * self._row_bytes, np.uint8)
-        if self._round(merged[: stop - start], out):
-            self._count(start, out, base[: stop - start])
-        return out.data
+    def _rows(self, start: int, stop: int, out: Array) -> None:
+        """Read rows of the base into ``out``, and merge the adapter into them there, block by block."""
+        weight, step = self._weight, self._blocks.step
+        count = -(-(stop - start) // BLOCK_ROWS) * BLOCK_ROWS
+        left = self._values(weight.b, _B, start, stop, (count, weight.a.tensor.shape[0]))
+        norms = self._values(weight.magnitude, _MAGNITUDE, start, stop, (count,)) if weight.magnitude else None
+        self._buffers.read_into(weight.base.tensor.narrow(0, start, stop - start), weight.base.dtype, out)
+        for first in range(0, stop - start, step):
+            block = slice(first, first + step)
+            data = out[first * self._row_bytes : (first + step) * self._row_bytes]
+            self._merge(start + first, data, left[block], None if norms is None else norms[block])
 
-    def _round(self, rows: Array, out: Array) -> bool:
-        """Write rows in the dtype of the base; returns whether any value may be infinite or NaN."""
-        data, dtype = rows.reshape(-1).view(np.uint8), self._weight.base.dtype
-        if dtype != self._wide:
-            return self._buffers.caster.cast_into(out, data, self._wide, dtype)
-        out[...] = data
-        with np.errstate(all="ignore"):
-            return not np.isfinite(rows.sum())
+    def _merge(self, first: int, data: Array, left: Array, norms: Array | None) -> None:
+        """Merge the adapter into the bytes of a block of rows, and count the finite values that became infinite."""
+        weight, buffers, wide = self._weight, self._buffers, DTYPES[self._wide].numpy
+        shape = len(data) // self._row_bytes, self._columns
+        base = buffers.decode(data, weight.base.dtype, _BASE, wide, shape)
+        merged = buffers.take(_MERGED, wide, len(left) * self._columns).reshape(len(left), self._columns)
+        merge_blocks(base, left, buffers.right(weight, wide), weight.scale, norms, out=merged)
+        made = merged[: len(base)]
+        if weight.base.dtype == self._wide:
+            with np.errstate(all="ignore"):
+                is_finite = np.isfinite(made.sum())
+            if not is_finite:
+                self._count(first, made, base)
+            data[...] = made.reshape(-1).view(np.uint8)
+        elif buffers.caster.cast_into(data, made.reshape(-1).view(np.uint8), self._wide, weight.base.dtype):
+            self._count(first, buffers.decode(data, weight.base.dtype, _CHECKED, wide, shape), base)
 
-    def _count(self, first: int, data: Array, base: Array) -> None:
-        """Count the values of a block that were finite and became infinite."""
-        codec = _codec(self._weight.base.dtype)
-        made = decode_values(codec, data, self._buffers.take(_CHECKED, codec.value_dtype, base.size))
-        if count := int(np.count_nonzero(np.isinf(made.reshape(base.shape)) & np.isfinite(base))):
+    def _count(self, first: int, made: Array, base: Array) -> None:
+        if count := int(np.count_nonzero(np.isinf(made) & np.isfinite(base))):
             self._overflows[self._weight.base.key, first] = count
 
     def _values(self, tensor: LogicalTensor, number: int, first: int, last: int, shape: tuple[int, ...]) -> Array:
@@ -128,7 +138,7 @@ class CastTensor:
         shape = tensor.tensor.shape or (1,)
         self._tensor, self._dtype, self._buffers, self._overflows = tensor, dtype, buffers, overflows
         self._lazy = tensor.tensor.reshape(shape)
-        self._blocks = RowBlocks(shape[0], nbytes(dtype, shape[1:]), self._rows)
+        self._blocks = RowBlocks(shape[0], nbytes(dtype, shape[1:]), self._rows, buffers.last)
 
     def readinto(self, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the bytes from ``offset`` on."""
@@ -138,14 +148,20 @@ class CastTensor:
         """Nothing: strided elements are read in one run that covers them."""
         return False
 
-    def _rows(self, start: int, stop: int) -> memoryview:
-        raw = self._buffers.raw(self._lazy.narrow(0, start, stop - start), self._tensor.dtype, _BASE)
-        if self._tensor.dtype == self._dtype:
-            return raw.copy().data
-        made, overflowed = self._buffers.caster.cast(raw, self._tensor.dtype, self._dtype)
-        if overflowed:
-            self._overflows[self._tensor.key, start] = overflowed
-        return made.copy().data
+    def _rows(self, start: int, stop: int, out: Array) -> None:
+        step, row = self._blocks.step, len(out) // (stop - start)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            data = out[(first - start) * row : (last - start) * row]
+            lazy = self._lazy.narrow(0, first, last - first)
+            if self._tensor.dtype == self._dtype:
+                self._buffers.read_into(lazy, self._dtype, data)
+                continue
+            raw = self._buffers.raw(lazy, self._tensor.dtype, _BASE)
+            made, overflowed = self._buffers.caster.cast(raw, self._tensor.dtype, self._dtype)
+            np.copyto(data, made)
+            if overflowed:
+                self._overflows[self._tensor.key, first] = overflowed
 
 
 def _codec(dtype: str) -> Codec:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, Ranges, RowBlocks, merge_blocks
+from ckpt_convert.adapters.arithmetic import BLOCK_ROWS, Array, LastBlock, Ranges, RowBlocks, Tiles, merge_blocks
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.modules import Modules
 from ckpt_convert.adapters.parameters import SplitTensors
@@ -74,7 +74,7 @@ def merged_rows(
     out = torch.empty((count, width), dtype=weight.dtype)
     base, left = torch.zeros((BLOCK_ROWS, width), dtype=dtype), torch.zeros((BLOCK_ROWS, len(a)), dtype=dtype)
     lengths = None if magnitude is None else torch.zeros(BLOCK_ROWS, dtype=dtype)
-    right, merged = _numbers(a, dtype), np.empty((BLOCK_ROWS, width), base.numpy().dtype)
+    right, merged = Tiles(_numbers(a, dtype)), np.empty((BLOCK_ROWS, width), base.numpy().dtype)
     for first in range(start - start % BLOCK_ROWS, start + count, BLOCK_ROWS):
         low, high = max(first, start), min(first + BLOCK_ROWS, start + count)
         within = slice(low - first, high - first)
@@ -91,7 +91,8 @@ def merged_rows(
 class MergedReader:
     """The bytes of a merged weight, dense and row-major, as a file reader: computed on demand.
 
-    ``rows`` and ``columns`` are those of the base that ``weight`` has, if it does not have all.
+    ``rows`` and ``columns`` are those of the base that ``weight`` has, if it does not have all; ``last`` is what it
+    shares with the readers of other weights.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class MergedReader:
         merge: Merge,
         rows: Ranges | None = None,
         columns: Ranges | None = None,
+        last: LastBlock | None = None,
     ) -> None:
         self.name = name
         self.size = weight.numel() * weight.element_size()
@@ -108,7 +110,7 @@ class MergedReader:
         self._merge = merge
         self._held = [(0, len(weight))] if rows is None else rows
         self._columns = columns
-        self._blocks = RowBlocks(len(weight), weight.shape[1] * weight.element_size(), self._rows)
+        self._blocks = RowBlocks(len(weight), weight.shape[1] * weight.element_size(), self._rows, last)
         self._overflowed: dict[int, int] = {}
 
     @property
@@ -120,13 +122,18 @@ class MergedReader:
         """Fill ``buffer`` (writable, one byte an item) from byte ``offset`` on."""
         self._blocks.readinto(offset, buffer)
 
-    def _rows(self, start: int, stop: int) -> memoryview:
-        base = self._weight[start:stop]
-        merged = [*self._merged(base, start)]
-        rows = merged[0] if len(merged) == 1 else torch.cat(merged)
-        if (infinite := torch.isinf(rows)).any():
-            self._overflowed[start] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
-        return rows.view(torch.uint8).reshape(-1).numpy().data
+    def _rows(self, start: int, stop: int, out: Array) -> None:
+        """Fill ``out`` with the bytes of merged rows; overflows are counted by block, as one may be read twice."""
+        made = torch.from_numpy(out).view(self._weight.dtype).view(stop - start, -1)
+        for first in range(start, stop, self._blocks.step):
+            base = self._weight[first : min(first + self._blocks.step, stop)]
+            rows = made[first - start :][: len(base)]
+            at = 0
+            for merged in self._merged(base, first):
+                _copy(rows[at : at + len(merged)], merged)
+                at += len(merged)
+            if (infinite := torch.isinf(rows)).any():
+                self._overflowed[first] = int((infinite & torch.isfinite(base.to(rows.device))).sum())
 
     def _merged(self, base: torch.Tensor, first: int) -> Iterator[torch.Tensor]:
         """The merged rows for some of the weight's, from its row ``first`` on: those of each range of the base."""

@@ -25,8 +25,9 @@ from ckpt_convert import (
     convert_checkpoint,
     merge_adapter,
 )
+from ckpt_convert.adapters.merge import merged_rows
 from tests.command import run
-from tests.helpers import GOLDEN, Tensors, assert_same, edit_json, read_meta, read_safetensors, sums
+from tests.helpers import GOLDEN, Tensors, assert_same, bits, edit_json, read_meta, read_safetensors, sums
 
 LLAMA = GOLDEN / "llama"
 HF, META = LLAMA / "hf", LLAMA / "meta-mp2"
@@ -179,6 +180,26 @@ def test_pefts_own_merge(tmp_path: Path, options: dict[str, Any], dtype: torch.d
         near = 2 * half_ulp(torch.maximum(theirs.abs(), before[key].double().abs()), dtype)
         if not (options.get("use_dora") and dtype == torch.float32):
             assert ((tensor.double() - theirs).abs() <= near).all(), key
+
+
+@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_bits_are_those_of_a_checkpointer(tmp_path: Path, dtype: torch.dtype, dora: bool) -> None:
+    """Weights of more than a read, of more columns than a tile, and of blocks that no read ends with; any scale."""
+    source, generator = tmp_path / "base", torch.Generator().manual_seed(5)
+    shapes = {"a": (1100, 1000), "b": (33, 7000), "c": (700, 255)}
+    weights = {f"{name}.weight": torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "nobody_knows"}')
+    safetensors.torch.save_file(weights, source / "model.safetensors", {"format": "pt"})
+    given = adapter(tmp_path / "adapter", weights, target_modules=tuple(shapes), use_dora=dora, alpha_pattern={"b": 5})
+    merge_adapter(source, given, tmp_path / "out", workers=1)
+    found, parts = read_safetensors(tmp_path / "out"), read_safetensors(given)
+    for name in shapes:
+        own = {key.removeprefix(f"{PEFT}{name}.lora_"): one for key, one in parts.items() if f".{name}.lora" in key}
+        a, b, magnitude = own["A.weight"], own["B.weight"], own.get("magnitude_vector")
+        expected = merged_rows(weights[f"{name}.weight"], a, b, (5 if name == "b" else ALPHA) / RANK, magnitude)
+        assert bits(found[f"{name}.weight"]) == bits(expected)
 
 
 def test_pefts_own_dora_is_farther_from_the_exact_value(tmp_path: Path) -> None:

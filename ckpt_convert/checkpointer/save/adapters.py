@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ckpt_convert.adapters.arithmetic import LastBlock
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import MergedReader, plan_merges
 from ckpt_convert.adapters.modules import Modules
@@ -111,11 +112,11 @@ class TrainedAdapter:
 
     def merged_readers(self, parts: SplitTensors, owned: Mapping[str, Owned]) -> dict[str, MergedReader]:
         """What is ``owned`` of the weights, with the adapter merged in, by key; computed when it is read."""
-        out = {}
+        out, last = {}, LastBlock()
         for key, merge in plan_merges(parts, self._config, self.modules).items():
             weight, (rows, columns) = owned[key].tensor, owned[key].part.axes
             all_columns = weight.shape[1] == owned[key].part.shape[1]
-            out[key] = MergedReader(key, weight, merge, rows, None if all_columns else columns)
+            out[key] = MergedReader(key, weight, merge, rows, None if all_columns else columns, last)
         return out
 
     def set_base(self, tensors: Tensors, targets: Collection[TargetTensor], checksums: Mapping[str, str]) -> None:
