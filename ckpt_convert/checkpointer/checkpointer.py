@@ -158,7 +158,7 @@ class Checkpointer:
         source, output_dir, config = with_options(storage_options, source, output_dir, config)
         arguments = Arguments(
             SourceOptions(source, source_format, config, family),
-            ScheduleOptions(save_every, save_last, save_best, save_on_signal),
+            ScheduleOptions(save_every, save_first, save_last, save_best, save_on_signal),
             RetentionOptions(keep_last, best, keep_best, keep_last_training_state),
             WeightOptions(model_format, contents, export_dtype, output_format, adapter, merged),
             DirectoryOptions(output_dir, directory, run_name, latest_name, best_name, overwrite, extra_files),
@@ -173,7 +173,7 @@ class Checkpointer:
         )
         self._options = Options.of(arguments)
         self._ranks, self.workers = self._options.ranks, self._options.workers
-        self._saver = starting.open_run(arguments, self._options, save_first=save_first)
+        self._saver = starting.open_run(arguments, self._options)
         self._loop = TrainingLoop(self._saver, self._options.signals, self._ranks)
         self._loaded = self._closed = False
 

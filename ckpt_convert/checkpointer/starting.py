@@ -24,7 +24,7 @@ from ckpt_convert.errors import CheckpointNotFoundError, OutputExistsError, Usag
 log = logging.getLogger("ckpt_convert")
 
 
-def open_run(arguments: Arguments, options: Options, *, save_first: bool) -> Saver:
+def open_run(arguments: Arguments, options: Options) -> Saver:
     """Open the source of a run, from headers alone; nothing is written.
 
     Raises what ``open_source`` and ``open_without_source`` do, and OutputExistsError where steps would go into it.
@@ -37,11 +37,11 @@ def open_run(arguments: Arguments, options: Options, *, save_first: bool) -> Sav
     counts = RunCounters(
         options.schedule,
         options.policy,
-        save_first=save_first,
+        save_first=options.save_first,
         save_best=options.save_best,
         several_clocks=options.ranks is not None,
     )
-    planner = SavePlanner(opened, options.settings, arguments.weights.adapter, options.ranks)
+    planner = SavePlanner(opened, options.settings, options.adapter, options.ranks)
     return Saver(options, planner, run, counts)
 
 

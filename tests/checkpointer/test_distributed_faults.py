@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ckpt_convert import Checkpointer, CkptConvertError, UsageError
+from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, UsageError
 from ckpt_convert.checkpointer.distributed import exchange, heartbeat, ranks
 from ckpt_convert.checkpointer.distributed.exchange import Exchange
 from ckpt_convert.checkpointer.save import shared
@@ -313,10 +313,17 @@ def test_placements_without_values_are_refused_on_all_ranks_before_the_first_ste
 
 
 def differ(here: Path) -> str:
-    """Each rank saves as often as its number says."""
-    model = split(make_model(), "ddp")
-    every = 2 + dist.get_rank()
-    with Checkpointer(LLAMA, here / "out", save_every=every) as checkpointer, pytest.raises(UsageError) as raised:
+    """Each rank saves as often, and keeps as many, as its number says."""
+    model, rank = split(make_model(), "ddp"), dist.get_rank()
+    options: dict[str, Any] = {
+        "save_every": 2 + rank,
+        "save_first": bool(rank),
+        "keep_last": 1 + rank,
+        "best": f"loss:{'max' if rank else 'min'}",
+        "final": {"contents": "weights" if rank else "full"},
+        "save_on_signal": "USR1" if rank else False,
+    }
+    with Checkpointer(LLAMA, here / "out", **options) as checkpointer, pytest.raises(UsageError) as raised:
         checkpointer.register(model=model)
     return str(raised.value)
 
@@ -325,8 +332,26 @@ def test_options_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
     (text,) = set(pool.run(differ, tmp_path))
     assert text == (
         f"rank 0 on {HOST}: the ranks were given different options:\n"
-        "    rank 1: save_every is every 3 steps, on rank 0 every 2 steps"
+        "    rank 1: save_every is every 3 steps, on rank 0 every 2 steps\n"
+        "    rank 1: save_first is True, on rank 0 False\n"
+        "    rank 1: keep_last is 2, on rank 0 1\n"
+        "    rank 1: best is ['loss:max'], on rank 0 ['loss:min']\n"
+        "    rank 1: save_on_signal is ['SIGUSR1'], on rank 0 []\n"
+        "    rank 1: final is {'contents': 'weights'}, on rank 0 {}"
     )
+
+
+def differ_in_the_adapter(here: Path) -> str:
+    """One rank has another alpha, with which it would merge its slices."""
+    adapter = AdapterConfig(rank=4, alpha=8.0 + dist.get_rank())
+    with Checkpointer(LLAMA, here / "out", adapter=adapter) as checkpointer, pytest.raises(UsageError) as raised:
+        checkpointer.register(model=make_model())
+    return str(raised.value)
+
+
+def test_adapters_that_differ_between_ranks(pool: Pool, tmp_path: Path) -> None:
+    (text,) = set(pool.run(differ_in_the_adapter, tmp_path))
+    assert "rank 1: adapter is AdapterConfig(rank=4, alpha=9.0" in text
 
 
 def differ_in_a_save(here: Path) -> str:

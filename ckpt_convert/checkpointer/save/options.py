@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, get_args
 import torch
 
 from ckpt_convert import formats
+from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.checkpoint.checkpoint import Checkpoint
 from ckpt_convert.checkpointer.distributed import ranks
 from ckpt_convert.checkpointer.distributed.exchange import Writers
@@ -81,9 +83,10 @@ class SourceOptions:
 
 @dataclass(frozen=True)
 class ScheduleOptions:
-    """When to save; ``save_first`` needs no check."""
+    """When to save."""
 
     save_every: Any
+    save_first: bool
     save_last: bool
     save_best: bool
     save_on_signal: Any
@@ -186,6 +189,8 @@ class Options:
     family: str | None
     has_source: bool
     run_name: str | None
+    adapter: AdapterConfig | None
+    save_first: bool
     save_last: bool
     save_best: bool
     signals: tuple[int, ...]
@@ -251,6 +256,8 @@ class Options:
             config=given.source.config,
             family=given.source.family,
             run_name=given.directory.run_name,
+            adapter=None if given.weights.adapter is None else AdapterConfig.of(given.weights.adapter),
+            save_first=given.schedule.save_first,
             save_last=given.schedule.save_last,
             save_best=given.schedule.save_best,
             signals=parse_signals(given.schedule.save_on_signal),
@@ -260,10 +267,22 @@ class Options:
         )
 
     def as_text(self) -> dict[str, str]:
-        """What all ranks have to be given alike, by name, to be compared."""
-        names = ("settings", "last", "policy", "template", "run_name", "save_last", "save_best", "signals", "overwrite")
-        told = {name: repr(getattr(self, name)) for name in (*names, "asynchronous", "writers", "upload")}
-        return {"output_dir": str(self.output_dir), "save_every": self.schedule.describe(), **told}
+        """What all ranks have to be given alike, by the names of the options, to be compared."""
+        names = ("run_name", "adapter", "save_first", "save_last", "save_best", "overwrite", "asynchronous", "writers")
+        values = {
+            **{name: getattr(self, name) for name in names},
+            **_by_option(self.settings, extra="extra_files"),
+            **_by_option(self.policy),
+            **_by_option(self.template, text="directory"),
+            **_by_option(self.upload, mode="upload", deadline="upload_deadline"),
+            "extra_files": [str(path) for path in self.settings.extra],
+            "best": [":".join(metric) for metric in self.policy.best],
+            "save_on_signal": [signal.Signals(number).name for number in self.signals],
+            "final": {name: value for name, value in vars(self.last).items() if value != getattr(self.settings, name)},
+        }
+        del values["metrics"]  # those of best
+        told = {"output_dir": str(self.output_dir), "save_every": self.schedule.describe()}
+        return told | {name: repr(value) for name, value in values.items()}
 
     def run_directory(self) -> RunDirectory | None:
         """Where the steps go; raises UsageError for a name that no directory of a step can have."""
@@ -291,6 +310,11 @@ def _ranks(given: Any, output_dir: Place | None) -> Ranks | None:
     """The ranks that save together, or load where a group is given; None where one process does alone."""
     alone = given == SINGLE_WRITER or (given is None and output_dir is None)
     return None if alone else ranks.of_group(given)
+
+
+def _by_option(group: Any, **called: str) -> dict[str, Any]:
+    """The values of a group of options, by their names; ``called`` are those that differ from the fields'."""
+    return {called.get(field.name, field.name): getattr(group, field.name) for field in fields(group)}
 
 
 def dtype_of(given: Any) -> str | None:

@@ -84,15 +84,14 @@ class SavePlanner:
         self,
         source: Identified,
         settings: Settings,
-        adapter: Any = None,
+        adapter: AdapterConfig | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.source = source
         self.settings = settings
-        config = None if adapter is None else AdapterConfig.of(adapter)
-        self.adapter = None if config is None else TrainedAdapter(config, source, settings.model_format, ranks)
+        self.adapter = None if adapter is None else TrainedAdapter(adapter, source, settings.model_format, ranks)
         self.ranks = ranks
-        self._claims = None if ranks is None else Claims(ranks, by_rows=config is not None)
+        self._claims = None if ranks is None else Claims(ranks, by_rows=adapter is not None)
         self._state_claims = None if ranks is None else Claims(ranks)
         self._plans: dict[tuple[Any, ...], tuple[OpenPlan, OwnParts]] = {}
         self._kinds: dict[Any, int] = {}
