@@ -125,6 +125,8 @@ class LocalStore:
         if kind is None and self.link(str(path)) is not None:
             raise CheckpointNotFoundError(f"{path}: is a link that leads nowhere; download or copy the file again")
         require_regular_file(str(path), kind, named_by)
+        if not any(self.link(str(part)) for part in (path, *path.parents[: name.count("/")])):
+            return  # nothing below the folder is a link
         with reading(path, "looked at"):
             real, roots = path.resolve(), [Path(folder).resolve()]
         roots += [above.parent / "blobs" for above in roots[0].parents if above.name == "snapshots"]

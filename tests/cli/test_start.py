@@ -23,12 +23,11 @@ INSPECT = """
     containers containers.dcp containers.layout containers.safetensors
     formats formats.base formats.hf formats.meta formats.names formats.native formats.peft formats.torchtitan
     models models.core models.core.config models.core.params models.core.rope models.core.rows models.core.stored_specs
-    models.core.table models.core.tokenizers models.registry
+    models.core.table models.registry
     models.llama models.llama.config models.llama.params models.llama.releases models.llama.table models.llama.widths
     storage storage.base storage.hub storage.listing storage.local storage.names storage.place
     storage.pointer storage.reader storage.system
     tensors tensors.axes tensors.header tensors.lazy
-    tokenizer tokenizer.spec
 """
 """What `inspect` needs for a Llama in Hugging Face's layout: a module that is added makes every start slower."""
 

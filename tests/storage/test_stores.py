@@ -159,6 +159,22 @@ class TestSafety:
         with pytest.raises(CheckpointNotFoundError, match=r"x\.bin: is not there, though the index needs it"):
             folder.resolve_member("x.bin", "the index")
 
+    @pytest.mark.parametrize("where", ["one", "one/two", "one/two/three.bin"])
+    def test_a_link_anywhere_in_a_name_leads_out(self, tmp_path: Path, where: str) -> None:
+        inside, outside = tmp_path / "inside", tmp_path / "outside"
+        for folder in (inside, outside):
+            (folder / "one" / "two").mkdir(parents=True)
+            (folder / "one" / "two" / "three.bin").write_bytes(b"x")
+        assert as_place(inside).resolve_member("one/two/three.bin", "the index").is_present()
+        (inside / where).rename(tmp_path / "moved")
+        (inside / where).symlink_to(outside / where)
+        with pytest.raises(UnsafeFileError, match=f"leaves the directory, to {outside}/one/two/three.bin"):
+            as_place(inside).resolve_member("one/two/three.bin", "the index")
+        (inside / where).unlink()
+        (inside / where).symlink_to(inside / "again")
+        (tmp_path / "moved").rename(inside / "again")
+        assert as_place(inside).resolve_member("one/two/three.bin", "the index").is_present()
+
     def test_a_folder_is_no_file(self, folder: Place) -> None:
         with pytest.raises(UnsafeFileError, match="is not a regular file"):
             folder.resolve_member("ckpt_convert", "the index")

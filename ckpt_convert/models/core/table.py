@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import field
 from functools import cached_property
 from itertools import groupby, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt_convert.errors import ConfigError
 from ckpt_convert.models.core.config import CONFIG
@@ -20,9 +20,10 @@ from ckpt_convert.models.core.params import Params
 from ckpt_convert.models.core.rope import partial_rotary_factor
 from ckpt_convert.models.core.rows import EMBEDDING_AXIS, FORMATS, IN_MEMORY, Dims, Key, Row, Sets, evaluate, matches
 from ckpt_convert.models.core.stored_specs import Instance, StoredTensorSpec, fused_position
-from ckpt_convert.models.core.tokenizers import LLAMA_3
-from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.values import frozen
+
+if TYPE_CHECKING:
+    from ckpt_convert.tokenizer.spec import TiktokenSpec
 
 __all__ = [
     "FORMATS",
@@ -57,7 +58,7 @@ class Family:
     ``params`` translates params.json, for a table with a meta column. ``from_shapes`` gives the config from the shapes
     of the stored tensors, for a family whose files come without one. ``stem`` is the default name of its safetensors
     files in Hugging Face's layout. ``tokenizer`` is the one that a tokenizer.model of tiktoken ranks belongs to,
-    ``tokens`` the number of rows of the embedding.
+    None for Llama 3's; ``tokens`` is the number of rows of the embedding.
 
     ``unverified`` names the formats whose column could not be compared with any other implementation, and why.
     ``literal`` is a table of literal keys: the row of each tensor of one checkpoint, by its key.
@@ -77,7 +78,7 @@ class Family:
     unverified: Mapping[str, str] = field(default_factory=dict)
     from_shapes: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]] | None = None
     stem: str = "model"
-    tokenizer: TiktokenSpec = LLAMA_3
+    tokenizer: TiktokenSpec | None = None
     tokens: Callable[[Mapping[str, int]], int] = _vocabulary
     literal: Mapping[str, Row] = field(default_factory=dict)
 
