@@ -15,8 +15,11 @@ from ckpt_convert.dtypes import DTYPES
 from ckpt_convert.tensors import decode
 from ckpt_convert.tensors.decode import Array, Scratch
 
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 """Elements that are cast together: few enough for the cache, enough to make numpy's calls cheap."""
+
+_TIES = 16
+"""About as many values of a piece lie half-way between two codes, if what is rounded is like any other."""
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITE = 0x7F800000
@@ -49,17 +52,20 @@ class Caster:
         return made.view(np.uint8), overflowed
 
     def cast_into(self, out: Array, data: Array, source: str, target: str) -> bool:
-        """``cast`` into ``out`` (bytes); returns whether any element may be infinite or NaN, before or after."""
+        """``cast`` into ``out`` (bytes); returns whether any element may be infinite or NaN, before or after.
+
+        What ``data`` holds is of no use afterwards.
+        """
         given, made = data.view(_code(source)), out.view(_code(target))
         found = False
         with np.errstate(all="ignore"):
             for start in range(0, len(given), _PIECE):
                 part = slice(start, start + _PIECE)
-                found |= self._cast(given[part], made[part], source, target)
+                found |= self._cast(given[part], made[part], source, target, keep=False)
         return found
 
-    def _cast(self, given: Array, made: Array, source: str, target: str) -> bool:
-        """Cast codes into ``made``; returns whether any may have become infinite."""
+    def _cast(self, given: Array, made: Array, source: str, target: str, *, keep: bool = True) -> bool:
+        """Cast codes into ``made``; returns whether any may have become infinite. ``given`` may be lost, or is kept."""
         if (source, target) == ("BF16", "F32"):
             np.copyto(made, given)
             np.left_shift(made, 16, out=made)
@@ -75,21 +81,49 @@ class Caster:
         if source == "F64":
             single = self._scratch.take(1, "<u4", len(given))
             np.copyto(single.view("<f4"), given.view("<f8"), casting="unsafe")
-        return self.narrow(single, made, target, 0xFFFF)
+        return self.narrow(single, made, target, 0xFFFF, keep=keep)
 
-    def narrow(self, single: Array, made: Array, target: str, nan: int) -> bool:
+    def narrow(self, single: Array, made: Array, target: str, nan: int, *, keep: bool = True) -> bool:
         """Round codes of float32 to 16 bits; ``nan`` is what every NaN becomes in bfloat16."""
-        first = self._scratch.take(2, "<u4", len(single))
-        np.bitwise_and(single, _MAGNITUDE, out=first)
-        is_large = bool(first.max() >= _OVERFLOW[target])
+        is_large = _has_large(single, _OVERFLOW[target])
         if target == "BF16":
-            round_to_bfloat16(single, first)
+            sums = self._scratch.take(2, "<u4", len(single)) if keep or is_large else single
+            self._round_to_bfloat16(single, made, sums)
         else:
-            _round_to_float16(single, first, self._scratch.take(3, "<u4", len(single)))
-        np.copyto(made, first, casting="unsafe")
+            first, power = (self._scratch.take(number, "<u4", len(single)) for number in (2, 3))
+            np.bitwise_and(single, _MAGNITUDE, out=first)
+            _round_to_float16(single, first, power)
+            np.copyto(made, first, casting="unsafe")
         if is_large:
             _repair(single, made, target, nan)
         return is_large
+
+    def _round_to_bfloat16(self, single: Array, made: Array, sums: Array) -> None:
+        """The upper halves of codes, rounded; ``sums`` may be ``single``.
+
+        Adding half a unit rounds what is half-way between two codes up, to an odd one as well. Those are rare, and a
+        lower half of 0 afterwards tells them, so looking for them takes less than adding more to odd codes only.
+        """
+        low = self._scratch.take(1, "<u2", len(single))
+        np.add(single, 0x8000, out=sums)
+        np.copyto(low, sums, casting="unsafe")
+        np.right_shift(sums, 16, out=sums)
+        np.copyto(made, sums, casting="unsafe")
+        start = 0
+        for _ in range(_TIES):
+            if start == len(low):
+                return
+            start += int(low[start:].argmin())
+            if low[start]:
+                return
+            made[start] &= 0xFFFE
+            start += 1
+        np.bitwise_and(made[start:], 0xFFFE, out=made[start:], where=low[start:] == 0)
+
+
+def _has_large(single: Array, limit: int) -> bool:
+    """Whether any magnitude is ``limit`` or more; NaN is. Of codes with a sign the negative ones are the largest."""
+    return bool(single.view("<i4").max() >= limit or single.max() >= limit | 0x80000000)
 
 
 def round_to_bfloat16(single: Array, out: Array) -> None:
