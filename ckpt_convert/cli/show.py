@@ -19,7 +19,7 @@ from ckpt_convert.cli.text import columns, echo, echo_json, escape, shape_text, 
 from ckpt_convert.dtypes import DEQUANTIZED_DTYPES, DTYPES, nbytes
 from ckpt_convert.errors import InputError, KeyMismatchError, UsageError
 from ckpt_convert.storage.place import StorageOptions, with_options
-from ckpt_convert.wording import did_you_mean, human_bytes, short_repr
+from ckpt_convert.wording import did_you_mean, first_few, human_bytes, short_repr
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -198,6 +198,14 @@ def _tensor(source: Identified, key: str, rekeyed: Mapping[str, TypedTensor] | N
 
 def _unknown_key(source: Identified, key: str, rekeyed: Mapping[str, TypedTensor] | None) -> KeyMismatchError:
     keys = [*source.tensors] if rekeyed is None else [*rekeyed]
+    if rekeyed is not None and key in source.tensors:
+        stored = {tile.source for tile in source.joined(key)[0].tiles}
+        there = [other for other, held in rekeyed.items() if stored & {tile.source for tile in held.tensor.tiles}]
+        if there:
+            return KeyMismatchError(
+                f"{source.place}: {short_repr(key)} is a key of the checkpoint's own format; with --as, give "
+                f"{first_few(there, 3)}"
+            )
     numbers = _NUMBERS.findall(key)
     alike = [other for other in keys if _NUMBERS.findall(other) == numbers]
     near = did_you_mean(key, (alike or keys)[:_MAX_NEAR])

@@ -279,6 +279,20 @@ class TestFar:
 
 class TestRefusals:
     @pytest.mark.parametrize(
+        ("path", "key", "target", "there"),
+        [
+            (META, "layers.0.attention.wq.weight[0:2]", "hf", "model.layers.0.self_attn.q_proj.weight"),
+            (HF, "model.layers.1.mlp.down_proj.weight", "native", "layers.1.mlp.w2.weight"),
+        ],
+    )
+    def test_a_key_of_its_own_format_with_as_is_told_the_other(
+        self, path: Path, key: str, target: str, there: str
+    ) -> None:
+        said = run("show", path, key, "--as", target, code=3).stderr.replace("\n", " ").rstrip()
+        plain = key.partition("[")[0]
+        assert said == f"error: {path}: '{plain}' is a key of the checkpoint's own format; with --as, give {there}"
+
+    @pytest.mark.parametrize(
         ("key", "code", "said"),
         [
             ("model.norm.weigth", 3, "has no tensor 'model.norm.weigth'; did you mean model.norm.weight"),
