@@ -89,7 +89,7 @@ FAULTS: dict[str, tuple[Any, str, int, str]] = {
     "disk full while writing weights": (os, "pwrite", 0, ""),
     "disk full in the middle of the weights": (os, "pwrite", 3, ""),
     "disk full while writing the training state": (os, "pwrite", 0, "training_state"),
-    "disk full in the middle of the training state": (os, "pwrite", 200, "training_state"),
+    "disk full in the middle of the training state": (os, "pwrite", 5, "training_state"),
     "disk full when flushing": (os, "fsync", 2, ""),
     "disk full when making files": (os, "ftruncate", 4, ""),
     "disk full when renaming": (os, "rename", 0, ""),

@@ -41,6 +41,8 @@ from ckpt_convert.tensors.runs import RunWriter
 DATA = f"__0_0{DCP_SUFFIX}"
 NAMES = (DATA, DCP_INDEX)
 """The files that are written."""
+_SMALL = 1 << 16
+"""Bytes that are worth a write of their own: torch.save makes dozens of calls for each tensor, however small it is."""
 _CHUNK = 8 << 20
 """Bytes that one thread writes: of a tensor with more, several do, while the checksum is computed.
 
@@ -118,6 +120,7 @@ def write_data(
             start = file.size
             _save_tensor(_dense(tensor), file)
             places.append((start, file.size - start))
+        file.finish()
         staged.sync()
     return places, {"size": file.size, "checksum": file.digest.hexdigest()}
 
@@ -162,37 +165,57 @@ def _save_tensor(tensor: torch.Tensor, file: _File) -> None:
 
 
 class _File:
-    """A file written from front to back: the part of a Python file that torch.save uses."""
+    """A file written from front to back: the part of a Python file that torch.save uses. ``finish`` ends it."""
 
     def __init__(self, staged: StagedFile, workers: int) -> None:
         """``workers`` threads write what is large; 0: everything is appended, for a store that uploads it in parts."""
-        self.size = 0
         self.digest = checksums.new(checksums.XXH3)
         self.failed: BaseException | None = None
         self._staged = staged
+        self._small = bytearray()
+        self._written = 0
         self._writers = [RunWriter() for _ in range(workers + 1)] if workers else []
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         try:
-            if not self._writers:
-                self.digest.update(view)
-                self._staged.append(view)
-            elif len(view) <= _CHUNK:
-                self.digest.update(view)
-                self._staged.write(self.size, view)
+            if len(view) >= _SMALL:
+                self.finish()
+                self._write(view)
             else:
-                self._write_large(view)
+                self._small += view
+                if len(self._small) >= _SMALL:
+                    self.finish()
         except BaseException as error:
             self.failed = error
             raise
-        self.size += len(view)
         return len(view)
 
+    @property
+    def size(self) -> int:
+        return self._written + len(self._small)
+
+    def finish(self) -> None:
+        """Write what small writes have left."""
+        data, self._small = self._small, bytearray()
+        if data:
+            self._write(memoryview(data))
+
+    def _write(self, view: memoryview) -> None:
+        if not self._writers:
+            self.digest.update(view)
+            self._staged.append(view)
+        elif len(view) <= _CHUNK:
+            self.digest.update(view)
+            self._staged.write(self._written, view)
+        else:
+            self._write_large(view)
+        self._written += len(view)
+
     def _write_large(self, view: memoryview) -> None:
-        end = self.size + len(view)
-        cuts = [self.size, *range(self.size // _CHUNK * _CHUNK + _CHUNK, end, _CHUNK), end]
-        writes = [partial(self._write_run, at, view[at - self.size : to - self.size]) for at, to in pairwise(cuts)]
+        start, end = self._written, self._written + len(view)
+        cuts = [start, *range(start // _CHUNK * _CHUNK + _CHUNK, end, _CHUNK), end]
+        writes = [partial(self._write_run, at, view[at - start : to - start]) for at, to in pairwise(cuts)]
         map_threaded(lambda act: act(), [partial(self.digest.update, view), *writes], len(self._writers))
 
     def _write_run(self, offset: int, data: memoryview) -> None:
@@ -205,4 +228,4 @@ class _File:
             self._writers.append(writer)
 
     def flush(self) -> None:
-        """No-op: nothing is buffered."""
+        """No-op: what is small waits for the next tensor's, or for ``finish``."""
