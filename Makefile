@@ -7,6 +7,9 @@ NOTORCH := .venv-notorch/bin/python
 OLDEST := .venv-oldest/bin/python
 PYTEST := $(BIN)/python -m pytest
 
+# Bytecode is kept: else every process that a test starts would compile the package again, and pytest all tests.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast slow check check-notorch check-oldest clean
 
