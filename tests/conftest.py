@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -135,3 +137,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             on_servers.add(function)
         elif not marked:
             item.add_marker(of_file)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What is imported and collected stays to the end: a million objects, among which no garbage is looked for."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.freeze()
