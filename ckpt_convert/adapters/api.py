@@ -61,7 +61,7 @@ def merge_adapter(
         dst: the directory or URL to write; its parent is created.
         to: the format of the output: "hf", "meta", "native" or "torchtitan"; by default the base's.
         alpha: the adapter's alpha, where no adapter_config.json says it: the scale is alpha / rank.
-        overwrite: replace a checkpoint at ``dst``, once the new one is complete.
+        overwrite: replace a checkpoint at ``dst``, once the new one is complete; in a bucket, before it is written.
         resume: continue an interrupted merge of the same files.
         verify: read the output again and compare every tensor, bit for bit, before ``dst`` appears.
         workers: the number of threads; by default one for each core, from 2 to 4.

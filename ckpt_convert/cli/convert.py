@@ -66,7 +66,7 @@ def _options(source: str | None, to: str | None) -> list[click.Option]:
         flag("--dry-run", "Show the plan; read no tensor, write nothing."),
         flag("--verify", "Read the output again and compare every tensor, bit for bit."),
         flag("--resume", "Continue an interrupted conversion."),
-        flag("--overwrite", "Replace DST once the new output is complete."),
+        flag("--overwrite", "Replace DST once the new output is complete (in a bucket: before)."),
         option("--dtype", type=dtypes, help="Cast floating-point tensors."),
         flag("--allow-overflow", "Write values too large for --dtype as infinite."),
         flag("--allow-loss", "Leave out values that DST has no place for."),

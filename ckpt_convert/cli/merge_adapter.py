@@ -37,7 +37,7 @@ Examples:
 @click.option("--dry-run", is_flag=True, help="Show the plan; read no tensor, write nothing.")
 @click.option("--verify", is_flag=True, help="Read the output again and compare every tensor, bit for bit.")
 @click.option("--resume", is_flag=True, help="Continue an interrupted merge.")
-@click.option("--overwrite", is_flag=True, help="Replace DST once the new output is complete.")
+@click.option("--overwrite", is_flag=True, help="Replace DST once the new output is complete (in a bucket: before).")
 @click.option("--dtype", type=click.Choice(list(CASTS)), help="Cast floating-point tensors, once merged.")
 @click.option("--allow-overflow", is_flag=True, help="Write values that become infinite.")
 @click.option("--dequantize", type=click.Choice(list(DEQUANTIZED_DTYPES)), help="Merge into values of fp8 and MXFP4.")

@@ -293,7 +293,7 @@ def convert_checkpoint(
             as it is stored, under its own key, whatever the model.
         include: globs of stored keys, or of modules: only these tensors, as they are stored.
         exclude: globs of those to leave out.
-        overwrite: replace a checkpoint at ``dst``, once the new one is complete.
+        overwrite: replace a checkpoint at ``dst``, once the new one is complete; in a bucket, before it is written.
         resume: continue an interrupted conversion with the same source and options.
         verify: read the output again and compare every tensor with the source, bit for bit, before ``dst`` appears.
         workers: the number of threads; by default one for each core, from 2 to 4.
