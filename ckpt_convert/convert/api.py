@@ -151,8 +151,8 @@ def plan_conversion(
         shards: the number of files, about equal in bytes.
         max_shard_size: the most bytes of a file.
         model_parallel: the number of tensor-parallel ranks of a "meta" output, one file each.
-        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; safetensors by default for
-            "hf" and "native", pth for "meta", dcp for "torchtitan".
+        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; by default that of files
+            that are kept, else safetensors, for "meta" pth (of Mistral safetensors), for "torchtitan" dcp.
         like: a checkpoint whose file names, key-to-file assignment, config and tokenizer the output takes.
         rope_factor: the factor of a Llama 3 RoPE scaling, which a params.json does not hold.
         rope_theta: the RoPE base, where a params.json does not hold it.
@@ -288,7 +288,7 @@ def convert_checkpoint(
 
     Args:
         src: a directory, a weight file, a URL, or a Hub id such as "meta-llama/Llama-3.2-1B".
-        dst: the directory to write; its parent is created.
+        dst: the directory to write, whose parent is created, or the URL of one in an object store.
         to: the target format: "hf", "meta", "native" or "torchtitan"; with ``container`` alone, every tensor is taken
             as it is stored, under its own key, whatever the model.
         include: globs of stored keys, or of modules: only these tensors, as they are stored.
@@ -308,8 +308,8 @@ def convert_checkpoint(
         shards: the number of files, about equal in bytes.
         max_shard_size: the most bytes of a file.
         model_parallel: the number of tensor-parallel ranks of a "meta" output, one file each.
-        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; safetensors by default for
-            "hf" and "native", pth for "meta", dcp for "torchtitan".
+        container: "safetensors", "bin", "pth", "pt" or "dcp", as far as the target has it; by default that of files
+            that are kept, else safetensors, for "meta" pth (of Mistral safetensors), for "torchtitan" dcp.
         like: a checkpoint whose file names, key-to-file assignment, config and tokenizer the output takes.
         rope_factor: the factor of a Llama 3 RoPE scaling, which a params.json does not hold.
         rope_theta: the RoPE base, where a params.json does not hold it.
@@ -329,7 +329,8 @@ def convert_checkpoint(
         NotEnoughSpaceError, UnwritableError, LockedError: ``dst`` cannot be written.
         VerificationError: the output is not what was written.
 
-    After an error ``dst`` is unchanged, and ``resume`` continues where that is possible.
+    After an error ``dst`` is unchanged (in a bucket, what ``overwrite`` replaces may be gone), and ``resume`` continues
+    where that is possible.
     """
     src, dst, config, like = with_options(storage_options, src, dst, config, like)
     origin = SourceOptions(src, from_format, family, config, revision, like, cache)
