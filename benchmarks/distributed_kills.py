@@ -11,36 +11,26 @@ it to the files of the undisturbed run. Cases have numbers and can be tried agai
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import re
-import shutil
-import sys
-import tempfile
 import time
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+import kills
+from kills import SILENCE
 
-from tests.checkpointer.pool import Pool, split  # noqa: E402
-from tests.checkpointer.test_distributed_saving import optimize, train_full  # noqa: E402
-from tests.checkpointer.training import KillAt, make_model, trainable  # noqa: E402
-from tests.helpers import bits, sums  # noqa: E402
+from tests.checkpointer.pool import Pool, quick_hearts, split
+from tests.checkpointer.test_distributed_saving import optimize, train_full
+from tests.checkpointer.training import KillAt, make_model, trainable
+from tests.helpers import bits, sums
 
-PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- kills -->", "<!-- end kills -->"
 STEPS = 4
-SILENCE = 2.0
-"""Seconds after which the others take a rank to be gone: 30 in runs of users."""
 
 
 class Case(NamedTuple):
@@ -67,23 +57,20 @@ class Ended(NamedTuple):
     at: float
 
 
-class Outcome(NamedTuple):
-    """Whether the rank was killed, how many steps were whole, the seconds to the last error, and what was wrong."""
-
-    killed: bool
-    steps: int
-    seconds: float
-    wrong: str
-
-
 @dataclass
-class Row:
-    """What the cases of one kind came to."""
+class Outcome(kills.Outcome):
+    """How many steps were whole at the kill, and the seconds from it to the last error."""
 
-    kills: int = 0
     steps: int = 0
-    slowest: float = 0.0
-    wrong: int = 0
+    seconds: float = 0.0
+
+
+COLUMNS: kills.Columns = {
+    "kills": kills.kills,
+    "steps that were whole": lambda some: sum(one.steps for one in some if one.kills),
+    "slowest error": lambda some: f"{max(one.seconds for one in some):.1f} s",
+    "wrong": kills.wrong,
+}
 
 
 def case_of(number: int) -> Case:
@@ -106,7 +93,6 @@ def train_until_killed(here: Path, source: Path, case: Case) -> Ended:
     import torch.distributed as dist
 
     from ckpt_convert import Checkpointer, CkptConvertError
-    from ckpt_convert.checkpointer.distributed import heartbeat, ranks
 
     killer, kill = None, os.kill
 
@@ -118,8 +104,7 @@ def train_until_killed(here: Path, source: Path, case: Case) -> Ended:
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     try:
         with (
-            mock.patch.multiple(heartbeat, BEAT=0.1, SILENCE=SILENCE),
-            mock.patch.object(ranks, "FAREWELL", 0.1),
+            quick_hearts(SILENCE),
             mock.patch.object(os, "kill", stamped),
             Checkpointer(source, here / "out", save_every=1, asynchronous=case.asynchronous) as checkpointer,
         ):
@@ -194,77 +179,16 @@ def try_case(pool: Pool, case: Case, source: Path, alone: Path, expected: dict[s
     wrong += [] if (here / "out" / "latest").resolve().name == f"step_{STEPS}" else ["latest is not at the last step"]
     left = sorted(path.name for path in (here / "out").iterdir() if "partial" in path.name)
     wrong += [f"left over: {left}"] if left else []
-    return Outcome(stamp.exists(), steps, seconds, "; ".join(dict.fromkeys(wrong)))
+    return Outcome(case.kind, int(stamp.exists()), "; ".join(dict.fromkeys(wrong)), steps, seconds)
 
 
-def table(rows: dict[str, Row], command: str, minutes: float) -> str:
-    """The rows as Markdown."""
-    lines = ["| killed | kills | steps that were whole | slowest error | wrong |", "|---|---:|---:|---:|---:|"]
-    lines += [
-        f"| {kind} | {row.kills} | {row.steps} | {row.slowest:.1f} s | {row.wrong} |"
-        for kind, row in sorted(rows.items())
-    ]
-    kills, wrong = sum(row.kills for row in rows.values()), sum(row.wrong for row in rows.values())
-    lines += [f"| all | {kills} | {sum(row.steps for row in rows.values())} | | {wrong} |", ""]
-    return "\n".join([*lines, f"Command: `{command}`, {minutes:.0f} minutes."])
-
-
-def outcomes(place: Path, first: int, jobs: int) -> Generator[tuple[Case, Outcome]]:
-    """The cases from a number on, so many at a time, without end."""
+@contextmanager
+def prepared(place: Path) -> Iterator[kills.Attempt]:
+    """The cases, with what an undisturbed process writes."""
     source, alone = trainable(place / "source"), place / "alone"
     expected = train_full(alone, make_model(), source, STEPS)
-    idle: SimpleQueue[Pool] = SimpleQueue()
-    pools = [Pool() for _ in range(jobs)]
-    for pool in pools:
-        idle.put(pool)
-
-    def attempt(number: int) -> tuple[Case, Outcome]:
-        case, here, pool = case_of(number), place / f"case_{number}", idle.get()
-        here.mkdir()
-        try:
-            return case, try_case(pool, case, source, alone, expected, here)
-        finally:
-            shutil.rmtree(here)
-            idle.put(pool)
-
-    try:
-        with ThreadPoolExecutor(jobs) as threads:
-            for start in count(first, 2 * jobs):
-                yield from threads.map(attempt, range(start, start + 2 * jobs))
-    finally:
-        for pool in pools:
-            pool.close()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=200, help="how many kills")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first case")
-    parser.add_argument("--jobs", type=int, default=1, help="how many cases at a time")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
-    options = parser.parse_args()
-    rows: dict[str, Row] = {}
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        cases = outcomes(Path(place), options.first, options.jobs)
-        for number, (case, outcome) in enumerate(cases, options.first):
-            row = rows.setdefault(case.kind, Row())
-            row.kills += outcome.killed
-            row.steps += outcome.steps if outcome.killed else 0
-            row.slowest = max(row.slowest, outcome.seconds)
-            row.wrong += bool(outcome.wrong)
-            print(number, case, outcome, flush=True)
-            if sum(row.kills for row in rows.values()) >= options.count:
-                cases.close()
-                break
-    command = f"python benchmarks/distributed_kills.py --count {options.count} --jobs {options.jobs} --write"
-    text = table(rows, command, (time.monotonic() - began) / 60)
-    print(text)
-    if options.write:
-        page = PAGE.read_text()
-        head, rest = page.split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    yield lambda number, pool, here: try_case(pool, case_of(number), source, alone, expected, here)
 
 
 if __name__ == "__main__":
-    main()
+    kills.main(__doc__, prepared, COLUMNS, "kills", 200)

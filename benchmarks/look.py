@@ -9,14 +9,10 @@ python benchmarks/look.py --repeat 5 --write
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,18 +103,7 @@ def measure(job: Look) -> tuple[float, float, int]:
     """Seconds of the wall and of the processor, and peak bytes, of one run with its sources in the page cache."""
     for source in job.sources:
         run.read_through(source)
-    with tempfile.TemporaryFile() as said:
-        started = time.perf_counter()
-        process = subprocess.Popen(job.command, stdout=subprocess.DEVNULL, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - started
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode not in (0, 1):  # diff ends with 1 where it found a difference
-            said.seek(0)
-            run.say(said.read().decode("utf-8", "replace"))
-            sys.exit(f"ended with code {process.returncode}: {shlex.join(job.command)}")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale
+    return run.timed(job.command, codes=(0, 1))  # diff ends with 1 where it found a difference
 
 
 def measure_all(todo: list[Look], repeat: int) -> dict[str, Result]:

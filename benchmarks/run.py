@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,18 +131,24 @@ def measure(job: Job) -> tuple[float, int]:
     os.sync()
     if job.warm:
         read_through(job.source)
+    seconds, _, peak = timed(job.command)
+    return seconds, peak
+
+
+def timed(command: Sequence[str], codes: Container[int] = (0,)) -> tuple[float, float, int]:
+    """Seconds of the wall and of the processor, and peak bytes, of a command that ends with one of these codes."""
     with tempfile.TemporaryFile() as said:
         started = time.perf_counter()
-        process = subprocess.Popen(job.command, stdout=subprocess.DEVNULL, stderr=said)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said)
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
         process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
+        if process.returncode not in codes:
             said.seek(0)
             say(said.read().decode("utf-8", "replace"))
-            sys.exit(f"ended with code {process.returncode}: {shlex.join(job.command)}")
+            sys.exit(f"ended with code {process.returncode}: {shlex.join(command)}")
     scale = 1 if sys.platform == "darwin" else 1024
-    return seconds, usage.ru_maxrss * scale
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * scale
 
 
 def measure_all(todo: list[Job], repeat: int) -> dict[str, Result]:
@@ -245,13 +251,13 @@ def file_system(path: Path) -> str:
         return "unknown"
 
 
-def write(text: str, begin: str = BEGIN, end: str = END) -> None:
-    """Put the text between two markers of docs/benchmarks.md."""
-    before, found, rest = PAGE.read_text().partition(begin)
+def write(text: str, begin: str = BEGIN, end: str = END, page: Path = PAGE) -> None:
+    """Put the text between two markers of a page."""
+    before, found, rest = page.read_text().partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        sys.exit(f"{PAGE}: has no {begin} … {end} to write between")
-    PAGE.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+        sys.exit(f"{page}: has no {begin} … {end} to write between")
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def say(text: str) -> None:

@@ -12,44 +12,35 @@ Runs have numbers and can be tried again (--first 17 --count 1). The server is m
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
 import signal
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
-from unittest import mock
 
+import kills
 import numpy as np
+from kills import SILENCE
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.storage import pointer
+from ckpt_convert.storage.names import JOURNAL
+from ckpt_convert.storage.place import Place, as_place, checked_place
+from tests.checkpointer.pool import Pool, quick_hearts, split
+from tests.checkpointer.test_distributed_saving import optimize, whole_state
+from tests.checkpointer.training import make_model, trainable
+from tests.helpers import bits
+from tests.servers import s3
+from tests.servers.s3 import Bucket, S3Server
 
-from ckpt_convert.checkpointer.run import saved_steps  # noqa: E402
-from ckpt_convert.storage import pointer  # noqa: E402
-from ckpt_convert.storage.names import JOURNAL  # noqa: E402
-from ckpt_convert.storage.place import Place, as_place, checked_place  # noqa: E402
-from tests.checkpointer.pool import Pool, split  # noqa: E402
-from tests.checkpointer.test_distributed_saving import optimize, whole_state  # noqa: E402
-from tests.checkpointer.training import make_model, trainable  # noqa: E402
-from tests.helpers import bits  # noqa: E402
-from tests.servers import s3  # noqa: E402
-from tests.servers.s3 import Bucket, S3Server  # noqa: E402
-
-PAGE = ROOT / "docs" / "reliability.md"
-BEGIN, END = "<!-- upload kills -->", "<!-- end upload kills -->"
 STEPS, KILLS = 24, 6
-SILENCE = 2.0
-"""Seconds after which the others take a rank to be gone: 30 in runs of users."""
 
 LONGEST = {1: 1.0, 2: 4.0, 4: 8.0}
 """Seconds after its start, by the number of ranks, before which a run is killed."""
@@ -71,14 +62,20 @@ class Run(NamedTuple):
 
 
 @dataclass
-class Row:
-    """What the runs of one kind came to."""
+class Outcome(kills.Outcome):
+    """How many of the kills came in an upload, and after how many the disk was lost."""
 
-    runs: int = 0
-    kills: int = 0
     uploads: int = 0
     disks: int = 0
-    wrong: int = 0
+
+
+COLUMNS: kills.Columns = {
+    "runs": len,
+    "kills": kills.kills,
+    "of these in an upload": lambda some: sum(one.uploads for one in some),
+    "and the disk lost": lambda some: sum(one.disks for one in some),
+    "wrong": kills.wrong,
+}
 
 
 def run_of(number: int) -> Run:
@@ -93,7 +90,6 @@ def train(here: Path, output: str, environment: dict[str, str], source: Path, op
     import torch.distributed as dist
 
     from ckpt_convert import Checkpointer
-    from ckpt_convert.checkpointer.distributed import heartbeat, ranks
 
     os.environ.update(environment)
     random.seed(1)
@@ -103,8 +99,7 @@ def train(here: Path, output: str, environment: dict[str, str], source: Path, op
     optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
     try:
         with (
-            mock.patch.multiple(heartbeat, BEAT=0.1, SILENCE=SILENCE),
-            mock.patch.object(ranks, "FAREWELL", 0.1),
+            quick_hearts(SILENCE),
             Checkpointer(source, output, save_every=1, **options) as checkpointer,
         ):
             checkpointer.load_model(model)
@@ -208,9 +203,10 @@ class World:
         return any(name.endswith(JOURNAL) for name in self.bucket.files)
 
 
-def kill_often(world: World, row: Row) -> list[str]:
-    """Kill a run six times, and let it come to its end; what was wrong."""
+def kill_often(world: World) -> Outcome:
+    """Kill a run six times, and let it come to its end."""
     wrong: list[str] = []
+    outcome = Outcome(world.run.kind)
     resumed = world.resumed
     for number in count():
         expected = world.newest()
@@ -222,38 +218,23 @@ def kill_often(world: World, row: Row) -> list[str]:
             wrong.append(f"resumed from {resumed.read_text()}, and the newest was {expected}")
         if states is not None:
             break
-        row.kills += 1
-        row.uploads += world.is_in_upload()
+        outcome.kills += 1
+        outcome.uploads += world.is_in_upload()
         wrong += world.wrong_after_kill(before)
         if world.chance.random() < 0.5:
-            row.disks += 1
+            outcome.disks += 1
             shutil.rmtree(world.here / "disk", ignore_errors=True)
     wrong += world.wrong_at_end(states)
-    return list(dict.fromkeys(wrong))
+    outcome.wrong = "; ".join(dict.fromkeys(wrong))
+    return outcome
 
 
-def outcomes(place: Path, first: int, jobs: int) -> Iterator[tuple[int, Run, Row, list[str]]]:
-    """The runs from a number on, so many at a time, without end."""
+@contextmanager
+def prepared(place: Path) -> Iterator[kills.Attempt]:
+    """The runs, with a server and what an undisturbed process writes."""
     source, alone = trainable(place / "source"), place / "alone"
-    pools = [Pool() for _ in range(jobs)]
-    (expected,) = pools[0].run(train, place, str(alone), {}, source, {}, world=1)
-    idle: SimpleQueue[Pool] = SimpleQueue()
-    for pool in pools:
-        idle.put(pool)
-
-    def attempt(number: int) -> tuple[int, Run, Row, list[str]]:
-        run, here, pool, row = run_of(number), place / f"run_{number}", idle.get(), Row(runs=1)
-        here.mkdir()
-        bucket = server.bucket(f"run-{number}")
-        try:
-            world = World(run, pool, bucket, dict(environment), source, alone, expected, here, random.Random(number))
-            wrong = kill_often(world, row)
-            row.wrong = bool(wrong)
-            return number, run, row, wrong
-        finally:
-            bucket.remove()
-            shutil.rmtree(here)
-            idle.put(pool)
+    with closing(Pool()) as pool:
+        (expected,) = pool.run(train, place, str(alone), {}, source, {}, world=1)
 
     with S3Server() as server:
         environment = {
@@ -263,55 +244,17 @@ def outcomes(place: Path, first: int, jobs: int) -> Iterator[tuple[int, Run, Row
             "AWS_REGION": s3.REGION,
         }
         os.environ.update(environment)
-        try:
-            with ThreadPoolExecutor(jobs) as threads:
-                for start in count(first, jobs):
-                    yield from threads.map(attempt, range(start, start + jobs))
-        finally:
-            for pool in pools:
-                pool.close()
 
+        def attempt(number: int, pool: Pool, here: Path) -> Outcome:
+            bucket, chance = server.bucket(f"run-{number}"), random.Random(number)
+            try:
+                world = World(run_of(number), pool, bucket, environment, source, alone, expected, here, chance)
+                return kill_often(world)
+            finally:
+                bucket.remove()
 
-def table(rows: dict[str, Row], command: str, minutes: float) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| killed | runs | kills | of these in an upload | and the disk lost | wrong |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    total = Row()
-    for kind, row in [*sorted(rows.items()), ("all", total)]:
-        lines.append(f"| {kind} | {row.runs} | {row.kills} | {row.uploads} | {row.disks} | {row.wrong} |")
-        for name, value in vars(row).items():
-            setattr(total, name, getattr(total, name) + value)
-    return "\n".join([*lines, "", f"Command: `{command}`, {minutes:.0f} minutes."])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=100, help="how many kills")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first run")
-    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
-    parser.add_argument("--write", action="store_true", help="write the table into docs/reliability.md")
-    options = parser.parse_args()
-    rows: dict[str, Row] = {}
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as place:
-        found = outcomes(Path(place), options.first, options.jobs)
-        for number, run, row, wrong in found:
-            total = rows.setdefault(run.kind, Row())
-            for name, value in vars(row).items():
-                setattr(total, name, getattr(total, name) + value)
-            print(number, run, row, *wrong, sep="  ", flush=True)
-            if sum(row.kills for row in rows.values()) >= options.count:
-                found.close()  # type: ignore[attr-defined]
-                break
-    command = f"python benchmarks/upload_kills.py --count {options.count} --jobs {options.jobs} --write"
-    text = table(rows, command, (time.monotonic() - began) / 60)
-    print(text)
-    if options.write:
-        head, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+        yield attempt
 
 
 if __name__ == "__main__":
-    main()
+    kills.main(__doc__, prepared, COLUMNS, "upload kills", 100)

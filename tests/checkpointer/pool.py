@@ -12,12 +12,13 @@ import os
 import socket
 import time
 import traceback
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from ckpt_convert.checkpointer.distributed import heartbeat, ranks
 from recipes.native_llama import NativeLlama
+
+SILENCE = 3.0
+"""Seconds after which a rank is gone: long for the others, on a machine that does much else."""
 
 
 class Pool:
@@ -85,6 +90,13 @@ class Pool:
             pipe.close()
             process.join(10)
             process.kill()
+
+
+@contextmanager
+def quick_hearts(silence: float = SILENCE) -> Iterator[None]:
+    """Ranks that are found to be gone sooner than those of users, and wait no longer for them at the end."""
+    with mock.patch.multiple(heartbeat, BEAT=0.1, SILENCE=silence), mock.patch.object(ranks, "FAREWELL", 0.1):
+        yield
 
 
 def split(model: NativeLlama, how: str) -> NativeLlama:

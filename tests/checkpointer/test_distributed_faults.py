@@ -19,18 +19,15 @@ import torch
 import torch.distributed as dist
 
 from ckpt_convert import AdapterConfig, Checkpointer, CkptConvertError, UsageError
-from ckpt_convert.checkpointer.distributed import exchange, heartbeat, ranks
+from ckpt_convert.checkpointer.distributed import exchange, ranks
 from ckpt_convert.checkpointer.distributed.exchange import Exchange
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.convert import partition
-from tests.checkpointer.pool import Pool, split
+from tests.checkpointer.pool import SILENCE, Pool, quick_hearts, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full, train_full_split
 from tests.checkpointer.training import LLAMA, make_model, trainable
 from tests.helpers import sums
-
-SILENCE = 3.0
-"""Seconds after which a rank is gone: long for the others, on a machine that does much else."""
 
 SOON = 60.0
 """Seconds within which the others know, on a machine that does much else: a rank that is alive is waited for 600."""
@@ -109,16 +106,6 @@ def uninterrupted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("faults") / "alone"
     train_full(out, make_model(), source, 3)
     return out
-
-
-@contextmanager
-def quick_hearts() -> Iterator[None]:
-    """Ranks that are found to be gone sooner than those of users, and wait no longer for them at the end."""
-    with (
-        mock.patch.multiple(heartbeat, BEAT=0.1, SILENCE=SILENCE),
-        mock.patch.object(ranks, "FAREWELL", 0.1),
-    ):
-        yield
 
 
 def gone(rank: int, where: str) -> str:

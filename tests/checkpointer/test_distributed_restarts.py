@@ -17,8 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from ckpt_convert import Checkpointer, CkptConvertError
-from tests.checkpointer.pool import Pool, split
-from tests.checkpointer.test_distributed_faults import quick_hearts
+from tests.checkpointer.pool import Pool, quick_hearts, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full, update
 from tests.checkpointer.training import KillAt, Trained, make_model, trainable
 from tests.helpers import assert_same, sums

@@ -22,12 +22,11 @@ import torch
 import torch.distributed as dist
 
 from ckpt_convert import Checkpointer, CkptConvertError
-from ckpt_convert.checkpointer.distributed import heartbeat, ranks
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.save import step_upload, upload
 from ckpt_convert.errors import UnwritableError, UsageError
 from ckpt_convert.storage.place import checked_place
-from tests.checkpointer.pool import Pool, split
+from tests.checkpointer.pool import Pool, quick_hearts, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full
 from tests.checkpointer.training import make_model, trainable
 from tests.helpers import assert_same, sums
@@ -35,9 +34,6 @@ from tests.servers.s3 import Bucket
 
 STORE = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION")
 HOST = socket.gethostname()
-SILENCE = 3.0
-"""Seconds after which a rank is gone: long for the others, on a machine that does much else."""
-
 Sent = list[tuple[str, int]]
 """The files that one rank has uploaded, and their sizes."""
 
@@ -119,13 +115,6 @@ def sending(wrong: Any = None) -> Iterator[Sent]:
 
     with mock.patch.multiple(step_upload, _copy=noted, TURN=1), mock.patch.object(upload, "_PAUSE", 0.001):
         yield sent
-
-
-@contextmanager
-def quick_hearts() -> Iterator[None]:
-    """Ranks that are found to be gone sooner than those of users, and wait no longer for them at the end."""
-    with mock.patch.multiple(heartbeat, BEAT=0.1, SILENCE=SILENCE), mock.patch.object(ranks, "FAREWELL", 0.1):
-        yield
 
 
 def save_some(checkpointer: Checkpointer, until: int) -> None:

@@ -20,8 +20,8 @@ from ckpt_convert import Checkpointer, CkptConvertError
 from ckpt_convert.checkpointer.distributed import exchange, heartbeat, ranks
 from ckpt_convert.checkpointer.save import shared
 from ckpt_convert.convert import partition
-from tests.checkpointer.pool import Pool, split
-from tests.checkpointer.test_distributed_faults import HOST, SILENCE, SOON, gone, quick_hearts
+from tests.checkpointer.pool import SILENCE, Pool, quick_hearts, split
+from tests.checkpointer.test_distributed_faults import HOST, SOON, gone
 from tests.checkpointer.training import LLAMA, make_model
 from tests.helpers import sums
 
