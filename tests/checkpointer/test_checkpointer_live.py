@@ -13,7 +13,7 @@ from torch import nn
 
 from ckpt_convert import Checkpointer
 from ckpt_convert.checkpointer.state import training_state
-from ckpt_convert.errors import KeyMismatchError, TiedWeightsError
+from ckpt_convert.errors import KeyMismatchError, TiedWeightsError, UsageError
 from recipes.native_llama import NativeLlama
 from tests.checkpointer.training import LLAMA, Trained, bfloat16_source, make_model
 from tests.helpers import GOLDEN, assert_same, bits, read_safetensors, sums
@@ -270,6 +270,14 @@ def test_tensors_that_are_views_of_one_buffer(tmp_path: Path) -> None:
         model[key] = buffer[at : at + shape.numel()].view(shape)
         at += shape.numel()
     assert saved(model, tmp_path) == sums(LLAMA)
+
+
+@pytest.mark.parametrize("given", [None, "model.pt", [1]])
+def test_what_is_no_model_is_said_so(given: Any, tmp_path: Path) -> None:
+    with Checkpointer(LLAMA, tmp_path) as checkpointer:
+        for call in (checkpointer.load_model, lambda model: checkpointer.register(model=model)):
+            with pytest.raises(UsageError, match=f"expected a module, .* found a {type(given).__name__}"):
+                call(given)
 
 
 def test_a_state_dict_with_something_else_than_tensors(tmp_path: Path) -> None:

@@ -340,6 +340,13 @@ def test_an_output_inside_the_source_is_refused(tmp_path: Path) -> None:
     assert sums(source) == sums(LLAMA)
 
 
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is a file, but output_dir is a directory"):
+        Checkpointer(LLAMA, tmp_path / "runs")
+    assert (tmp_path / "runs").read_text() == "mine"
+
+
 def test_a_source_that_the_run_itself_would_delete_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, make_model())
     with Checkpointer(tmp_path / "step_1", tmp_path, keep_last=1, overwrite=True) as checkpointer:

@@ -50,7 +50,8 @@ _COUNT = "n_averaged"
 def model_tensors(model: Model) -> dict[str, torch.Tensor]:
     """The persistent tensors by key, without the prefixes and own tensors of torch's wrappers; no copies.
 
-    Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are.
+    Raises KeyMismatchError for entries that are no tensors, and UsageError for tensors that cannot be read as they are
+    and for what is no model.
     """
     if isinstance(model, Fsdp1Model):
         model.refresh()
@@ -272,6 +273,8 @@ def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _state_of(model: Model) -> Iterator[tuple[str, Any, bool]]:
     """Each entry of the state dict: its plain key, the value, and whether it belongs to a wrapper."""
+    if not isinstance(model, nn.Module | Mapping):
+        raise UsageError(f"model: expected a module, or its state dict, found a {type(model).__name__}")
     return _state_of_module(model) if isinstance(model, nn.Module) else _state_of_mapping(model)
 
 

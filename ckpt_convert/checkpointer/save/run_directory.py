@@ -347,7 +347,9 @@ class RunDirectory:
         return changed
 
     def check(self, source: Identified) -> None:
-        """Raise OutputExistsError if saving would write into the source."""
+        """Raise OutputExistsError if saving would write into the source, or if a file has the name."""
+        if self.path.is_local and self.path.is_present() and not self.path.is_folder():
+            raise OutputExistsError(f"{self.path}: is a file, but output_dir is a directory; choose another name")
         here, origin = self.path.real(), source.place.real()
         if source.files and origin.is_folder() and (here == origin or here.is_inside(origin)):
             raise OutputExistsError(
