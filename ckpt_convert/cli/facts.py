@@ -250,8 +250,9 @@ def _model(checkpoint: Identified) -> tuple[Model | None, str]:
     try:
         return checkpoint.model, ""
     except CkptConvertError as error:
-        # The path is on the line above.
-        return None, str(error).removeprefix(f"{checkpoint.place}: ").removeprefix(f"{checkpoint.config_file}: ")
+        # The path is on the line above; what is wrong with the config itself needs its name.
+        text = str(error).removeprefix(f"{checkpoint.place}: ").removeprefix(f"{checkpoint.config_file}: ")
+        return None, f"{checkpoint.config_file.name}: {text}" if text.startswith("is ") else text
 
 
 def _config_dims(checkpoint: Identified) -> dict[str, int]:

@@ -226,6 +226,11 @@ class TestWithoutFamily:
         (tmp_path / "config.json").write_text('{"model_type": "gpt_\\u001b[31moss"}')
         return tmp_path
 
+    @pytest.mark.parametrize(("content", "words"), [("{}", "is empty"), ('{"model_type": ', "is no readable JSON")])
+    def test_of_a_config_that_cannot_be_used(self, checkpoint: Path, content: str, words: str) -> None:
+        (checkpoint / "config.json").write_text(content)
+        assert facts(text(checkpoint))["family"].startswith(f"unknown: config.json: {words}")
+
     def test_of_an_unknown_model_type(self, checkpoint: Path) -> None:
         output = text(checkpoint)
         assert "model_type 'gpt_\\x1b[31moss' is no known family" in facts(output)["family"]
