@@ -90,7 +90,7 @@ class TorchtuneCheckpointer:
             checkpoint_files: its weight files, in any order, or torchtune's filename_format and max_filename; None
                 takes all that are there.
             model_type: has no effect: the family is detected.
-            output_dir: the directory of the saved steps.
+            output_dir: the directory of the saved steps, or the URL of one in an object store.
             adapter_checkpoint: the adapter_model.pt, below output_dir, of a run of torchtune's own checkpointer.
             recipe_checkpoint: the recipe_state.pt, below output_dir, of such a run.
             resume_from_checkpoint: torchtune's older name of ``should_load_recipe_state``.
@@ -230,7 +230,10 @@ class TorchtuneCheckpointer:
             files = _peft_files(state_dict[_ADAPTER], adapter, saver.planner.source)
             saver.more_files = lambda: files
         last: Literal["adapter", "weights"] = "adapter" if adapter_only else "weights"
-        saver.save(replace(saver.planner.settings, contents="full" if intermediate_checkpoint else last))
+        try:
+            saver.save(replace(saver.planner.settings, contents="full" if intermediate_checkpoint else last))
+        finally:
+            checkpointer.end_run()  # a recipe says no more at its end: what is uploaded has to have arrived by then
 
     def _checkpointer(self, prefix: str, adapter: AdapterConfig | None) -> Checkpointer:
         """What saves the steps, made at the first save: only then is it known whether an adapter alone is saved."""

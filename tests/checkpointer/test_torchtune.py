@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pytest
@@ -25,8 +25,11 @@ from ckpt_convert import (
     open_checkpoint,
     verify_checkpoint,
 )
+from ckpt_convert.checkpointer.run import saved_steps
+from ckpt_convert.storage.place import Place
 from tests.checkpointer.training import bfloat16_source, make_model, trainable
 from tests.helpers import GOLDEN, sums
+from tests.storage.failing import FailingStore
 
 STATE = {"seed": 7, "total_epochs": 3, "max_steps_per_epoch": None, "dataloader": {"_snapshot": {"at": 3}, "rng": None}}
 
@@ -147,6 +150,21 @@ def test_a_step_that_is_named_is_gone_on_from(source: Path, tmp_path: Path) -> N
     Recipe(checkpointer(source, tmp_path / "run"), source).train(2)
     first = tmp_path / "run" / "epoch_0"
     assert checkpointer(first, tmp_path / "on", should_load_recipe_state=True).load_checkpoint()["epochs_run"] == 1
+
+
+def test_what_is_saved_into_a_store_has_arrived_and_is_gone_on_from(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    run: Any = Place(FailingStore(), PurePosixPath("runs/mine"))
+    expected = Recipe(checkpointer(source, tmp_path / "disk"), source).train(3)
+    for until in (1, 3):
+        saver = TorchtuneCheckpointer(str(source), output_dir=run, should_load_recipe_state=until > 1)
+        found = Recipe(saver, source).train(until)
+        assert not [path for path in tmp_path.iterdir() if path.name != "disk"]
+        assert not (run / ".ckpt-convert-lock").is_present()
+    assert same(found, expected)
+    assert [saved.place.name for saved in saved_steps.scan_steps(run)] == ["epoch_0", "epoch_1", "epoch_2"]
 
 
 def test_steps_are_named_and_pruned_as_asked(source: Path, tmp_path: Path) -> None:
