@@ -53,6 +53,12 @@ class _Identity(NamedTuple):
 _FLUSHED = 1 << 18
 """Bytes of a write that the system is told to write to the disk at once."""
 
+_COPIED = 1 << 17
+"""Bytes that the system copies to the page cache at a time.
+
+For more it takes larger pieces of memory. A virtual machine that returns its free memory to the host has those only
+from there, which takes a second for a GB."""
+
 
 @dataclass
 class _Ledger:
@@ -299,7 +305,7 @@ class StagedFile:
             done = self._written_past_cache(offset, data)
             with self._turn:
                 while done < len(data):
-                    done += os.pwrite(self._fd, data[done:], offset + done)
+                    done += os.pwrite(self._fd, data[done : done + _COPIED], offset + done)
             if done >= _FLUSHED and not self.is_past_cache and hasattr(os, "posix_fadvise"):
                 with contextlib.suppress(OSError):  # the flush is what counts
                     os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
