@@ -5,6 +5,8 @@ python benchmarks/checkpoints.py DIR --layers 48     one of three times the laye
 python benchmarks/checkpoints.py DIR --sparse-405b   Llama 3.1 405B's headers over sparse files (no bytes)
 python benchmarks/checkpoints.py DIR --moe           a Qwen3 MoE of 16 experts (2.1 GB, 4 files)
 python benchmarks/checkpoints.py DIR --tuned SRC     SRC with every weight changed a little, as by fine-tuning
+python benchmarks/checkpoints.py DIR --adapter 16    PEFT's files of an adapter of rank 16 of that Llama's linear layers
+python benchmarks/checkpoints.py DIR --adapter 8 --modules q_proj v_proj
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1}
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def keys(config: dict[str, int]) -> dict[str, tuple[int, ...]]:
@@ -164,6 +167,24 @@ def write_tuned(directory: Path, source: Path) -> None:
         save_file(tensors, directory / path.name, {"format": "pt"})
 
 
+def write_adapter(directory: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, modules: list[str]) -> None:
+    """PEFT's files of an adapter of these modules, in float32, whose delta is small beside the weights."""
+    import torch
+    from safetensors.torch import save_file
+
+    directory.mkdir(parents=True)
+    torch.manual_seed(0)
+    tensors = {}
+    for key, shape in shapes.items():
+        name = key.removesuffix(".weight")
+        if name.rpartition(".")[2] in modules:
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn((rank, shape[1])) / 50
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn((shape[0], rank)) / 50
+    save_file(tensors, directory / "adapter_model.safetensors", {"format": "pt"})
+    content = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": modules}
+    (directory / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
@@ -171,6 +192,8 @@ def main() -> None:
     parser.add_argument("--sparse-405b", action="store_true")
     parser.add_argument("--moe", action="store_true")
     parser.add_argument("--tuned", type=Path, metavar="SRC")
+    parser.add_argument("--adapter", type=int, metavar="RANK")
+    parser.add_argument("--modules", nargs="+", default=list(LINEAR), metavar="NAME")
     arguments = parser.parse_args()
     if arguments.tuned:
         write_tuned(arguments.directory, arguments.tuned)
@@ -195,7 +218,10 @@ def main() -> None:
             hidden_size=2048, intermediate_size=8192, num_hidden_layers=arguments.layers, num_attention_heads=32,
             num_key_value_heads=8, head_dim=64, vocab_size=128256,
         )  # fmt: skip
-        write(arguments.directory, content, 4, sparse=False)
+        if arguments.adapter:
+            write_adapter(arguments.directory, keys(content), arguments.adapter, arguments.modules)  # type: ignore[arg-type]
+        else:
+            write(arguments.directory, content, 4, sparse=False)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Measures what conversions cost (seconds of the processor, bytes, flushes) for a table of docs/benchmarks.md.
+"""Measures what conversions, or merges, cost (seconds of the processor, bytes, flushes) for docs/benchmarks.md.
 
 As in run.py, every job is a process of its own, and the jobs take turns. Seconds of the processor (user and system) and
 bytes hold on a busy machine too, where those of the wall do not. A first run of each job, which is not timed, compiles
 the modules, as installing does, and counts the flushes, with strace where that is installed.
 
-python benchmarks/cost.py --repeat 11 --write
+python benchmarks/cost.py --repeat 11 --write            conversions
+python benchmarks/cost.py --merge --repeat 11 --write    merges of adapters
 """
 
 from __future__ import annotations
@@ -24,17 +25,27 @@ import run
 import titan
 
 BEGIN, END = "<!-- cost -->", "<!-- end cost -->"
+BEGIN_MERGE, END_MERGE = "<!-- merge -->", "<!-- end merge -->"
+ADAPTERS = {
+    "r16": ("rank 16, all linear layers", ("16",)),
+    "r64": ("rank 64, all linear layers", ("64",)),
+    "r8-qv": ("rank 8, q and v", ("8", "--modules", "q_proj", "v_proj")),
+}
+"""By directory: what an adapter is, and the words that checkpoints.py makes it from."""
+
 FLUSHES = "fsync,fdatasync,sync,syncfs,msync"
 
 
 @dataclass(frozen=True)
 class Cost:
-    """One run: seconds of the wall and of the processor, bytes read and written by system calls."""
+    """One run: seconds of the wall, of the processor and of those in the kernel; bytes of system calls, of memory."""
 
     wall: float
     processor: float
+    system: float
     read: int
     written: int
+    peak: int
 
 
 def environment(work: Path) -> dict[str, str]:
@@ -63,7 +74,8 @@ def measure(job: run.Job, work: Path) -> Cost:
     if process.returncode:
         sys.exit(f"ended with code {process.returncode}: {' '.join(job.command)}")
     io = {name: int(value) for name, _, value in (line.partition(": ") for line in lines)}
-    return Cost(wall, usage.ru_utime + usage.ru_stime, io["rchar"], io["wchar"])
+    processor, peak = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return Cost(wall, processor, usage.ru_stime, io["rchar"], io["wchar"], peak)
 
 
 def count_flushes(job: run.Job, work: Path) -> int | None:
@@ -88,36 +100,69 @@ def groups(work: Path, layers: int) -> list[titan.Group]:
     return [titan.Group(llama.title, llama.source, jobs), moe]
 
 
+def merges(work: Path, layers: int) -> list[titan.Group]:
+    """cp of a base, and the merges of adapters into it; the adapters are made where they are missing."""
+    base, out = run.prepare(work, layers, ("hf",))["hf"], work / "out"
+    jobs = [run.Job(run.BASELINE, ("sh", "-c", run.COPY, "sh", str(base), str(out)), base, out)]
+    for name, (title, words) in ADAPTERS.items():
+        adapter = base.parent / f"adapter-{name}"
+        if not adapter.exists():
+            maker = (sys.executable, str(run.HERE / "checkpoints.py"), str(adapter), "--layers", str(layers))
+            subprocess.run((*maker, "--adapter", *words), check=True)
+        words = (*run.CONVERT, "merge-adapter", str(base), str(adapter), str(out), "--quiet")
+        jobs.append(run.Job(title, words, base, out))
+    return [titan.Group(f"Llama, {titan.gigabytes(base)}", base, tuple(jobs))]
+
+
 def lower_quartile(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 4]
 
 
 def rows(group: titan.Group, costs: dict[str, list[Cost]], flushes: dict[str, int | None]) -> list[str]:
     """The lines of one model."""
-    base = costs[run.BASELINE]
-    cost_of_cp = lower_quartile([cost.processor for cost in base])
     tensors = sum(path.stat().st_size for path in group.source.rglob("*.safetensors"))
     out = []
     for job in group.jobs:
         mine = costs[job.name]
-        processor = lower_quartile([cost.processor for cost in mine])
-        wall = lower_quartile([cost.wall / its.wall for cost, its in zip(mine, base, strict=True)])
         read, written = (statistics.median([getattr(cost, name) for cost in mine]) for name in ("read", "written"))
         count = "–" if flushes[job.name] is None else flushes[job.name]
+        processor, ratio, wall = ratios(mine, costs[run.BASELINE])
         out.append(
-            f"| {group.title} | {job.name} | {processor:.2f} | {processor / cost_of_cp:.2f} | {wall:.2f} "
+            f"| {group.title} | {job.name} | {processor:.2f} | {ratio:.2f} | {wall:.2f} "
             f"| {read / tensors:.3f} | {written / tensors:.3f} | {count} |"
         )
     return out
 
 
+def merge_rows(group: titan.Group, costs: dict[str, list[Cost]]) -> list[str]:
+    """The lines of the merges into one base."""
+    out = []
+    for job in group.jobs:
+        mine = costs[job.name]
+        processor, ratio, wall = ratios(mine, costs[run.BASELINE])
+        system = lower_quartile([cost.system for cost in mine])
+        peak = "–" if job.name == run.BASELINE else f"{max(cost.peak for cost in mine) / 1e6:.0f} MB"
+        out.append(
+            f"| {group.title} | {job.name} | {processor:.2f} | {system:.2f} | {ratio:.2f} | {wall:.2f} | {peak} |"
+        )
+    return out
+
+
+def ratios(mine: list[Cost], base: list[Cost]) -> tuple[float, float, float]:
+    """Seconds of the processor, and in copies: of the processor, of the wall. Lower quartiles over the rounds."""
+    processor, cost_of_cp = (lower_quartile([cost.processor for cost in costs]) for costs in (mine, base))
+    wall = lower_quartile([cost.wall / its.wall for cost, its in zip(mine, base, strict=True)])
+    return processor, processor / cost_of_cp, wall
+
+
 def main() -> None:
-    arguments = run.options(__doc__)
-    out = [
-        "| model | job | CPU seconds | × cp | wall × cp | read | written | flushes |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for group in groups(arguments.work, arguments.layers):
+    arguments = run.options(__doc__, merge="measure merges of adapters instead of conversions")
+    if arguments.merge:
+        out = ["| base | job | CPU seconds | of them system | × cp | wall × cp | peak memory |"]
+    else:
+        out = ["| model | job | CPU seconds | × cp | wall × cp | read | written | flushes |"]
+    out.append("| --- | --- " + "| ---: " * (out[0].count("|") - 3) + "|")
+    for group in (merges if arguments.merge else groups)(arguments.work, arguments.layers):
         run.say(group.title)
         flushes = {job.name: count_flushes(job, arguments.work) for job in group.jobs}
         costs: dict[str, list[Cost]] = {job.name: [] for job in group.jobs}
@@ -128,16 +173,17 @@ def main() -> None:
                 run.say(
                     f"{number + 1} of {arguments.repeat}: {cost.processor:5.2f} CPU s {cost.wall:5.2f} s  {job.name}"
                 )
-        out += rows(group, costs, flushes)
+        out += merge_rows(group, costs) if arguments.merge else rows(group, costs, flushes)
     run.remove(arguments.work / "out")
     lines = run.facts(arguments.work, group.source, arguments.layers, arguments.repeat).splitlines()
     facts = [line for line in lines if not line.startswith(("- Model", "- Command"))]
-    size = f" --layers {arguments.layers}" if arguments.layers != 16 else ""
-    command = f"- Command: `python benchmarks/cost.py --repeat {arguments.repeat}{size} --write`"
+    words = (" --merge" if arguments.merge else "") + f" --repeat {arguments.repeat}"
+    words += f" --layers {arguments.layers}" if arguments.layers != 16 else ""
+    command = f"- Command: `python benchmarks/cost.py{words} --write`"
     text = "\n".join([*out, "", *facts, command])
     print(text)
     if arguments.write:
-        run.write(text, BEGIN, END)
+        run.write(text, *((BEGIN_MERGE, END_MERGE) if arguments.merge else (BEGIN, END)))
 
 
 if __name__ == "__main__":

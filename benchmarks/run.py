@@ -264,14 +264,16 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def options(description: str | None, place: str = "--work") -> argparse.Namespace:
-    """What is typed to take a table's measurements: where, how often, of how large a model."""
+def options(description: str | None, place: str = "--work", **flags: str) -> argparse.Namespace:
+    """What is typed to take a table's measurements: where, how often, of how large a model; flags by their help."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     at = Path("/tmp/ckpt-convert-bench")
     parser.add_argument(place, dest="work", type=Path, default=at, help="where checkpoints lie")
     parser.add_argument("--repeat", type=int, default=5, metavar="N", help="rounds (default: 5)")
     parser.add_argument("--layers", type=int, default=16, metavar="N", help="layers of the model (default: 16, 3.0 GB)")
     parser.add_argument("--write", action="store_true", help=f"write the table into {PAGE.name}, too")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
     given = parser.parse_args()
     if given.repeat < 1 or given.layers < 1:
         parser.error("--repeat and --layers are 1 or more")
