@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -141,36 +142,44 @@ def test_reshard(convert: Convert, case: str, before: int, after: int, tmp_path:
         assert_same(mine, theirs)
 
 
-SMALLEST = (640, 2048)
+BUFFERS = {"usual": (1 << 20, 64 << 20), "tiny": (640, 2048), "small": (4096, 4096)}
+SCRATCH = (300, 5000, 8 << 20)
 
 
-@pytest.fixture(params=[(1 << 20, 64 << 20), SMALLEST, (4096, 4096)], ids=["usual", "tiny", "small"])
-def buffers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def set_buffers(monkeypatch: pytest.MonkeyPatch, buffers: str, scratch: int) -> None:
     """Golden tensors are small: with small buffers, they are moved in many blocks and pieces as large ones are."""
-    monkeypatch.setattr(blocks, "BLOCK", request.param[0])
-    monkeypatch.setattr(partition, "PIECE", request.param[1])
+    block, piece = BUFFERS[buffers]
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    monkeypatch.setattr(partition, "PIECE", piece)
+    monkeypatch.setattr(gather, "SCRATCH", scratch)
 
 
-@pytest.mark.usefixtures("buffers")
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("scratch", [300, 5000, 8 << 20])
+def pairs() -> Iterator[tuple[str, str, int]]:
+    """Each checkpoint with each size of blocks and pieces and with each scratch, and each two of these sizes together.
+
+    A tensor's blocks depend on its own sizes and these two, whichever checkpoint it is of.
+    """
+    for row, case in enumerate(CASES):
+        for column, buffers in enumerate(BUFFERS):
+            yield case, buffers, SCRATCH[(row + column) % len(SCRATCH)]
+
+
+@pytest.mark.parametrize(("case", "buffers", "scratch"), list(pairs()))
 @pytest.mark.parametrize("convert", ["disk"], indirect=True)
 def test_any_size_of_buffers_gives_the_same(
-    convert: Convert, case: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: Convert, case: str, buffers: str, scratch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gather, "SCRATCH", scratch)
+    set_buffers(monkeypatch, buffers, scratch)
     check_all_directions(convert, case, tmp_path)
 
 
-@pytest.mark.usefixtures("buffers")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("convert", ["store"], indirect=True)
-@pytest.mark.parametrize("buffers", [SMALLEST], indirect=True, ids=["tiny"])
 def test_small_buffers_give_the_same_in_a_store(
     convert: Convert, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a store does with many small pieces; how they are filled does not depend on where they go."""
-    monkeypatch.setattr(gather, "SCRATCH", 300)
+    set_buffers(monkeypatch, "tiny", 300)
     check_all_directions(convert, case, tmp_path)
 
 

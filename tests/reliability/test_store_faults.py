@@ -30,7 +30,7 @@ from ckpt_convert.storage.remote.urls import address_of
 from tests.command import Finished, run
 from tests.helpers import GOLDEN
 from tests.servers import faults, s3
-from tests.servers.faults import Fault, FaultProxy, Forward, Rule
+from tests.servers.faults import LASTING, FaultProxy, Forward, Rule
 from tests.servers.http import Answer, DroppedError, Request
 from tests.servers.s3 import Bucket
 
@@ -47,29 +47,10 @@ KINDS = ("list", "head", "get", "put", "create", "part", "complete", "delete")
 MIDDLE = {"list": 2, "head": 1, "get": 5, "put": 7, "create": 1, "part": 8, "complete": 1, "delete": 1}
 """The number of a request of each kind that has some before it and after it."""
 
-HEALED: dict[str, tuple[Fault, int]] = {
-    "503 twice": (faults.status(503), 2),
-    "500": (faults.status(500), 1),
-    "reset": (faults.reset, 1),
-    "answer lost": (faults.lost, 1),
-    "body cut": (faults.cut(10), 1),
-    "length too large": (faults.wrong_length(5), 1),
-}
-"""Faults that pass, and how often each befalls every kind of request."""
+HEALED = faults.PASSING | {"500": (faults.status(500), 1)}
 
-
-DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-
-FATAL: dict[str, Fault] = {
-    "503": faults.status(503),
-    "answer lost": faults.lost,
-    "reset": faults.reset,
-    "denied": faults.status(403, DENIED),
-    "another etag": faults.changed_etag,
-}
-"""Faults that stay; the first ones are tried at every kind of request, all of them among the slow tests."""
-
-_MOST = [fault if number < 2 else pytest.param(fault, marks=pytest.mark.slow) for number, fault in enumerate(FATAL)]
+_MOST = [fault if number < 2 else pytest.param(fault, marks=pytest.mark.slow) for number, fault in enumerate(LASTING)]
+"""The first ones are tried at every kind of request, all of them among the slow tests."""
 
 
 @dataclass(frozen=True)
@@ -244,7 +225,7 @@ class TestErrors:
     @pytest.mark.parametrize("fault", _MOST)
     @pytest.mark.parametrize("kind", KINDS)
     def test_an_attempt_ends_and_the_next_goes_on(self, world: World, kind: str, fault: str) -> None:
-        rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=MIDDLE[kind], times=None))
+        rule = world.proxy.add(Rule(LASTING[fault], kind=kind, first=MIDDLE[kind], times=None))
         error = world.fail()
         assert rule.hits
         kept = world.finished()
@@ -260,12 +241,12 @@ class TestErrors:
         assert kept.items() <= world.etags().items()
 
     @pytest.mark.parametrize("kind", ["list", "get"])
-    @pytest.mark.parametrize("fault", FATAL)
+    @pytest.mark.parametrize("fault", LASTING)
     def test_a_look_that_cannot_be_taken(self, world: World, kind: str, fault: str) -> None:
         world.put_output(world.expected)
         for look in (inspect, verify, diff):
             world.proxy.clear()
-            rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=1 if kind == "get" else 0, times=None))
+            rule = world.proxy.add(Rule(LASTING[fault], kind=kind, first=1 if kind == "get" else 0, times=None))
             try:
                 look(world, retries=1)
             except CkptConvertError as error:
@@ -295,7 +276,7 @@ class TestErrors:
         kept = world.finished()
         assert len(kept) == 2
         for kind in ("part", "put", "complete", "list"):
-            world.proxy.add(Rule(FATAL[fault], kind=kind, times=None))
+            world.proxy.add(Rule(LASTING[fault], kind=kind, times=None))
             assert world.fail(resume=True) is not None
         world.convert(resume=True)
         world.assert_whole()
@@ -315,7 +296,7 @@ class TestCommandLine:
             return  # what was written is recognized by nobody then, see above
         flags = ["--overwrite"] if replaces else []
         world.put_output(expected["hf"] if replaces else {})
-        rule = world.proxy.add(Rule(FATAL[fault], kind=kind, first=MIDDLE[kind], times=None))
+        rule = world.proxy.add(Rule(LASTING[fault], kind=kind, first=MIDDLE[kind], times=None))
         done = world.command(*flags)
         assert rule.hits or replaces
         kept = world.finished()
@@ -373,7 +354,7 @@ class TestOutages:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("times", [2, None], ids=["once", "for good"])
-@pytest.mark.parametrize("fault", FATAL)
+@pytest.mark.parametrize("fault", LASTING)
 @pytest.mark.parametrize("way", WAYS)
 def test_whatever_request_fails(
     world: World, way: str, fault: str, times: int | None, expected: dict[str, dict[str, bytes]]
@@ -386,7 +367,7 @@ def test_whatever_request_fails(
     world = replace(world, options=WAYS[way], expected=expected[way])
     for number in itertools.count():
         world.remove_output()
-        rule = world.proxy.add(Rule(FATAL[fault], method, first=number, times=times))
+        rule = world.proxy.add(Rule(LASTING[fault], method, first=number, times=times))
         error = world.fail()
         if not rule.hits:
             assert error is None

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ckpt_convert.storage.place import as_place
 from ckpt_convert.storage.remote import uploads
 from tests.checkpointer.training import Trained, trainable
 from tests.servers import faults, s3
-from tests.servers.faults import Fault, FaultProxy, Rule
+from tests.servers.faults import LASTING, FaultProxy, Rule
 from tests.servers.http import Request
 from tests.servers.s3 import Bucket
 
@@ -34,30 +35,12 @@ STEPS = 2
 KINDS = ("list", "head", "put", "create", "part", "complete", "delete", "get")
 """The kinds of requests of a run that begins in a bucket."""
 
-PASSES: dict[str, tuple[Fault, int]] = {
-    "503 twice": (faults.status(503), 2),
-    "reset": (faults.reset, 1),
-    "answer lost": (faults.lost, 1),
-    "body cut": (faults.cut(10), 1),
-    "length too large": (faults.wrong_length(5), 1),
-    "too late": (faults.slow(3), 1),
-}
-"""Faults that a retry of the request heals, and how often each befalls every kind of request."""
-
-DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-STAYS: dict[str, Fault] = {
-    "503": faults.status(503),
-    "answer lost": faults.lost,
-    "reset": faults.reset,
-    "denied": faults.status(403, DENIED),
-    "another etag": faults.changed_etag,
-}
-"""Faults that no retry of the request heals."""
+PASSES = faults.PASSING | {"too late": (faults.slow(3), 1)}
 
 OF_ALL = [
     pytest.param(kind, fault, marks=() if fault == "503" and kind in ("put", "complete") else pytest.mark.slow)
     for kind in KINDS
-    for fault in STAYS
+    for fault in LASTING
 ]
 """Each of them at each kind of request; most among the slow tests."""
 
@@ -86,6 +69,16 @@ def train(source: Path, output: str, before: Callable[[Checkpointer], object] = 
         checkpointer.resume(**trained.parts)
         before(checkpointer)
         trained.go(checkpointer, STEPS)
+
+
+@cache
+def files_below(folder: Path) -> dict[str, bytes]:
+    """The files of a folder that nothing changes, but for the manifest, which says how long the run took."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "manifest.json"
+    }
 
 
 @dataclass
@@ -127,13 +120,8 @@ class World:
             self.wrong.append(f"{target} lacks {lacking}")
 
     def files_of(self, step: str) -> dict[str, bytes]:
-        """The files of a step of the run on a disk, but for the manifest, which says how long it took."""
-        here = self.alone / step
-        return {
-            path.relative_to(here).as_posix(): path.read_bytes()
-            for path in (here.rglob("*") if step else ())
-            if path.is_file() and path.name != "manifest.json"
-        }
+        """The files of a step of the run on a disk."""
+        return files_below(self.alone / step) if step else {}
 
     def assert_whole(self) -> None:
         assert self.wrong == []
@@ -196,14 +184,14 @@ def test_a_run_in_which_each_kind_of_request_fails(world: World, fault: str) -> 
 
 @pytest.mark.parametrize(("kind", "fault"), PASSING)
 def test_what_fails_for_longer_than_a_request_is_tried_is_tried_again(world: World, kind: str, fault: str) -> None:
-    rule = Rule(STAYS[fault], kind=kind, first=1, times=4)
+    rule = Rule(LASTING[fault], kind=kind, first=1, times=4)
     world.run(lambda: world.proxy.add(rule), retries=1)
     world.assert_whole()
 
 
 @pytest.mark.parametrize(("kind", "fault"), OF_ALL)
 def test_what_fails_for_good_is_one_error_and_the_next_run_brings_it_there(world: World, kind: str, fault: str) -> None:
-    rule = Rule(STAYS[fault], kind=kind, first=2, times=None)
+    rule = Rule(LASTING[fault], kind=kind, first=2, times=None)
     try:
         world.run(lambda: world.proxy.add(rule), retries=1, upload_deadline=0.3)
     except CkptConvertError as error:

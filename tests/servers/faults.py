@@ -76,6 +76,27 @@ def changed_etag(request: Request, forward: Forward) -> Answer:
     return replace(answer, headers=_changed(answer, "ETag", '"00000000000000000000000000000000"'))
 
 
+DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+
+PASSING: dict[str, tuple[Fault, int]] = {
+    "503 twice": (status(503), 2),
+    "reset": (reset, 1),
+    "answer lost": (lost, 1),
+    "body cut": (cut(10), 1),
+    "length too large": (wrong_length(5), 1),
+}
+"""Faults that a retry of the request heals, and how often each befalls every kind of request."""
+
+LASTING: dict[str, Fault] = {
+    "503": status(503),
+    "answer lost": lost,
+    "reset": reset,
+    "denied": status(403, DENIED),
+    "another etag": changed_etag,
+}
+"""Faults that no retry of the request heals."""
+
+
 def _changed(answer: Answer, name: str, value: str) -> dict[str, str]:
     return {**{key: kept for key, kept in answer.headers.items() if key.lower() != name.lower()}, name: value}
 

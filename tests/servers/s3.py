@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.moto_server.werkzeug_app import MotoRequestHandler, create_backend_app
 from moto.s3.models import S3Backend, get_canned_acl, s3_backends
 from werkzeug.serving import make_server
 
@@ -43,8 +43,9 @@ class S3Server:
 
     def __init__(self) -> None:
         self.log = RequestLog()
-        app = DomainDispatcherApplication(create_backend_app)
-        self._server = make_server(HOST, 0, self._counted(app), threaded=True, request_handler=_QuietHandler)
+        # Not through moto's dispatcher, which looks through hundreds of folders to find the service of a request.
+        app = self._counted(create_backend_app("s3"))
+        self._server = make_server(HOST, 0, app, threaded=True, request_handler=_QuietHandler)
         self._server.daemon_threads = True  # type: ignore[attr-defined]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
