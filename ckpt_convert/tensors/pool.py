@@ -96,6 +96,11 @@ class Background:
     def is_busy(self) -> bool:
         return any(not one.done() for one in self._running)
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether work has failed, or is not done, that nobody has waited for."""
+        return any(not one.done() or one.exception() is not None for one in self._running)
+
     def run(self, work: Callable[[], None]) -> None:
         """Start the work once earlier work is done; raises its errors."""
         self.wait()

@@ -187,6 +187,28 @@ def test_an_error_behind_is_raised_by_close(tmp_path: Path) -> None:
         assert other.resume(**Trained().parts) is None
 
 
+def test_an_error_behind_is_told_at_the_end_of_a_program_that_does_not_close(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Trained()
+    with Checkpointer(LLAMA, tmp_path / "out", save_every=1, asynchronous=True) as checkpointer:
+        checkpointer.resume(**trained.parts)
+        with failing(os, "pwrite", errno.ENOSPC):
+            trained.go(checkpointer, 1)
+            checkpointer._saver.background._running[0].exception()
+        at_end = checkpointer._saver._unclosed
+        assert at_end is not None
+        at_end._warn()
+        assert f"{tmp_path / 'out'}: the program ends at step 1 without close()" in caplog.text
+        caplog.clear()
+        with pytest.raises(NotEnoughSpaceError):
+            checkpointer.wait()
+        checkpointer.save()
+        checkpointer.wait()
+        at_end._warn()
+        assert not caplog.text
+
+
 def test_close_tries_again_what_failed_and_tells_of_it_all_the_same(tmp_path: Path) -> None:
     trained = Trained()
     checkpointer = Checkpointer(LLAMA, tmp_path / "out", save_every=1, asynchronous=True)

@@ -136,6 +136,24 @@ def test_what_stays_on_the_disk(
     assert steps(tmp_path / "staged") == steps(run)[4 - keep_local :]
 
 
+def test_an_upload_on_its_way_is_told_at_the_end_of_a_program_that_does_not_close(
+    source: Path, run: Place, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = Trained(source)
+    with Checkpointer(source, run, save_every=2) as checkpointer, held_uploads(monkeypatch) as gate:
+        checkpointer.resume(**trained.parts)
+        trained.go(checkpointer, 2)
+        at_end = checkpointer._saver._unclosed
+        assert at_end is not None
+        at_end._warn()
+        assert f"{run}: the program ends at step 2 without close()" in caplog.text
+        caplog.clear()
+        gate.set()
+        checkpointer.wait()
+        at_end._warn()
+        assert not caplog.text
+
+
 def test_a_temporary_directory_is_gone_at_the_end(
     source: Path, run: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ class UnusedOptions:
 
     Missing tokens and samples are warned of after 100 steps, or at the end of the first epoch. Evaluations may be far
     apart: they are missed once both have passed, a metric of ``best`` sooner only if others were reported. Each is
-    warned of once, and all again at the end of the run.
+    warned of once, and all again at the end of the run. ``saved_at`` is the step that was saved last.
     """
 
     schedule: Schedule
@@ -47,7 +47,7 @@ class UnusedOptions:
     _names: set[str] = field(default_factory=set)
     _reports: dict[str, _Reports] = field(default_factory=dict)
     _saves: int = 0
-    _saved_at: int | None = None
+    saved_at: int | None = None
     _said: set[str] = field(default_factory=set)
 
     def begin(self, progress: Progress, metrics: Sequence[Mapping[str, float]]) -> None:
@@ -61,10 +61,10 @@ class UnusedOptions:
         for name in names & self._reports.keys():
             one = self._reports[name]
             one.count, one.last = one.count + 1, step
-            one.met |= step == self._saved_at
+            one.met |= step == self.saved_at
 
     def step_saved(self, step: int) -> None:
-        self._saves, self._saved_at = self._saves + 1, step
+        self._saves, self.saved_at = self._saves + 1, step
         for one in self._reports.values():
             one.met |= step == one.last
 

@@ -23,6 +23,7 @@ from ckpt_convert.checkpointer.save.buffers import CopyBuffers
 from ckpt_convert.checkpointer.save.options import Options
 from ckpt_convert.checkpointer.save.planner import SavePlanner, Settings
 from ckpt_convert.checkpointer.save.run_directory import RunDirectory
+from ckpt_convert.checkpointer.save.unclosed import Unclosed
 from ckpt_convert.checkpointer.state import optimizers
 from ckpt_convert.checkpointer.state.parts import TrainingParts
 from ckpt_convert.errors import UsageError
@@ -57,6 +58,7 @@ class Saver:
         self._buffers = CopyBuffers()
         self._copy_check: CopyCheck | None = None
         self._captured_trained = False
+        self._unclosed: Unclosed | None = None
 
     @property
     def directory(self) -> RunDirectory:
@@ -103,6 +105,14 @@ class Saver:
             else None
         )
         self.counts.start_clock()
+        self._forget_unclosed()
+        save_last = self._options.save_last
+        self._unclosed = Unclosed(self.directory, self.counts, self.background, save_last=save_last)
+
+    def _forget_unclosed(self) -> None:
+        if self._unclosed is not None:
+            self._unclosed.forget()
+            self._unclosed = None
 
     def plan_ahead(self) -> None:
         """Raise now what would fail at a later save, and warn once about the saved steps."""
@@ -295,6 +305,7 @@ class Saver:
     def release(self, also: Callable[[], None]) -> None:
         """Release everything that a run holds, and call ``also``, even if a part of it fails."""
         tracked, self.parts = self.parts, None
+        self._forget_unclosed()
         with contextlib.ExitStack() as stack:
             if self._run is not None:
                 stack.callback(self._run.close)

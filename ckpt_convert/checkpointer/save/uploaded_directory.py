@@ -189,6 +189,10 @@ class UploadedDirectory(RunDirectory):
         else:
             self.ranks.first(_WAITING, self._uploader.wait)
 
+    def arrival(self) -> Callable[[], bool]:
+        uploader = self._uploader
+        return lambda: uploader.is_done
+
     def raise_failures(self) -> None:
         if self.ranks is None:
             self._uploader.check()
