@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.checkpointer.pool import Pool
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 """Before torch is imported, here or in a process that a test starts: threads of tiny models wait for each other."""
@@ -148,3 +152,13 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.enable()
         gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Pool]:
+    """Processes for all tests that want some."""
+    from tests.checkpointer.pool import Pool
+
+    pool = Pool()
+    yield pool
+    pool.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tests.helpers import GOLDEN
+GOLDEN = Path(__file__).parent.parent / "fixtures" / "golden"  # the other helpers import torch
 
 EVENTS = frozenset(
     (

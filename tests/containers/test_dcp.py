@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +36,8 @@ from ckpt_convert.errors import (
     InputError,
     UnsafeFileError,
 )
+from tests.checkpointer.pool import Pool
+from tests.containers.cut_tensors import save_cut_tensors
 from tests.helpers import bits
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
@@ -208,37 +208,9 @@ def test_pieces_that_were_saved_in_another_order(tmp_path: Path) -> None:
             assert bytes(buffer) == whole[start : start + len(buffer)]
 
 
-RANK = """
-import sys, torch, torch.distributed as dist, torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-rank, directory = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{directory}.rendezvous", rank=rank, world_size=2)
-mesh = init_device_mesh("cpu", (2,))
-whole = {"rows": torch.arange(35.0).reshape(5, 7), "columns": torch.arange(20).reshape(4, 5).bfloat16(),
-         "few": torch.arange(3.0).reshape(1, 3), "copied": torch.arange(6.0)}
-placed = {"rows": Shard(0), "columns": Shard(1), "few": Shard(0), "copied": Replicate()}
-state = {"model": {key: distribute_tensor(tensor, mesh, [placed[key]]) for key, tensor in whole.items()}, "step": 7}
-dcp.save(state, checkpoint_id=directory + "/together")
-dcp.save(state, storage_writer=dcp.FileSystemWriter(directory + "/apart"), use_collectives=False)
-dist.destroy_process_group()
-"""
-
-
 @pytest.mark.cli
-def test_two_processes_with_tensors_that_are_cut(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", RANK, str(rank), str(tmp_path / "dcp")], env=environment
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in running] == [0, 0]
-    finally:
-        for process in running:
-            process.kill()
+def test_two_processes_with_tensors_that_are_cut(pool: Pool, tmp_path: Path) -> None:
+    pool.run(save_cut_tensors, tmp_path)
     expected = {
         "model.rows": torch.arange(35.0).reshape(5, 7),
         "model.columns": torch.arange(20).reshape(4, 5).bfloat16(),
@@ -246,7 +218,7 @@ def test_two_processes_with_tensors_that_are_cut(tmp_path: Path) -> None:
         "model.copied": torch.arange(6.0),
     }
     for name in ("together", "apart"):  # "apart" has metadata for each rank
-        with open_identified(tmp_path / "dcp" / name) as checkpoint:
+        with open_identified(tmp_path / name) as checkpoint:
             assert_holds(checkpoint, expected)
             assert len(checkpoint.tensors["model.rows"].parts) == 2
             assert len(checkpoint.tensors["model.few"].parts) == 1

@@ -14,30 +14,17 @@ import pytest
 import ckpt_convert
 from ckpt_convert.checkpoint.record import MANIFEST, render_manifest
 from ckpt_convert.convert import ownership, partition
-from ckpt_convert.convert.execute import FinishedPiece, byte_comparer, execute, settle_originals
+from ckpt_convert.convert.execute import byte_comparer, settle_originals
 from ckpt_convert.convert.output import finish_output
 from ckpt_convert.convert.plan import Plan, SourceFile, memory_source
-from ckpt_convert.convert.publish import JoinedOutput, StagedOutput
+from ckpt_convert.convert.publish import StagedOutput
 from ckpt_convert.convert.sources import NumberedTensors, ReopenedSources
 from ckpt_convert.errors import SourceChangedError, UsageError
 from ckpt_convert.storage import by_rename
-from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.place import as_place
-from ckpt_convert.storage.system import Advice
 from tests.checkpoint.quantizing import fp8_llama
+from tests.convert.parts import write_part
 from tests.helpers import GOLDEN, sums
-
-
-def part(data: bytes, folder: str) -> list[FinishedPiece]:
-    """Write some pieces of a plan into files that another process has made."""
-    plan, pieces = pickle.loads(data)
-    sources = ReopenedSources(plan)
-    with Folder.joined(Path(folder), Advice()) as directory:
-        joined = JoinedOutput(plan, directory)
-        done = execute(plan, pieces, sources, joined, workers=1)
-        joined.close()
-    sources.close()
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +46,7 @@ def converted_by_two(plan: Plan, destination: Path, processes: ProcessPoolExecut
         assert all(halves)
         staged.create_files()
         sent = [pickle.dumps((plan, half)) for half in halves]
-        done = [one for half in processes.map(part, sent, [str(stage.path)] * 2) for one in half]
+        done = [one for half in processes.map(write_part, sent, [str(stage.path)] * 2) for one in half]
         for one in done:
             staged.add(one)
         written = finish_output(plan, done, staged, stage.folder, 1, None)
