@@ -29,7 +29,7 @@ _PRODUCT = 1 << 18
 _TILE = 256
 """Columns of a tile at most: with more, its rows no longer fit the processor's first cache."""
 
-_READ = 1 << 18
+_READ = 1 << 19
 """About as many bytes of rows are computed at once."""
 
 

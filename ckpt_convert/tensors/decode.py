@@ -105,9 +105,9 @@ def decode_values(codec: Codec, raw: Array, scratch: Array) -> Array:
     if codec.kind == "int":
         np.copyto(out, raw.view(codec.unit_dtype), casting="unsafe")
     elif codec.dtype == "BF16":
-        bits = out.view("<u4")
-        np.copyto(bits, raw.view("<u2"))
-        np.left_shift(bits, 16, out=bits)
+        from ml_dtypes import bfloat16  # in one pass, where a copy and a shift take twice as long
+
+        np.copyto(out, raw.view(bfloat16))
     elif codec.dtype == "F16":
         np.take(_singles("F16"), raw.view("<u2"), out=out, mode="clip")
     elif codec.values_per_unit == 2:
