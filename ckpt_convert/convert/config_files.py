@@ -21,7 +21,6 @@ from ckpt_convert.formats.base import JSON_LIMIT, load_json, render_json
 from ckpt_convert.formats.names import RECORD_FOLDER, has_tokenizer
 from ckpt_convert.models.core.config import Translated, type_of
 from ckpt_convert.models.core.rope import read_rope
-from ckpt_convert.models.core.tokenizers import LLAMA_3
 from ckpt_convert.storage.place import Place
 from ckpt_convert.tokenizer.spec import TiktokenSpec
 from ckpt_convert.wording import option_text
@@ -115,7 +114,7 @@ def translated_tokenizer(
         return {}
 
     rows = model.family.tokens(model.dims) if request.to == "hf" else None
-    made = TranslatedTokenizer(path, request.to, model.family.tokenizer or LLAMA_3, rows)
+    made = TranslatedTokenizer(path, request.to, model.family.tiktoken, rows)
     return {name: AuxiliaryFile(name, "generated", generated=made) for name in names}
 
 

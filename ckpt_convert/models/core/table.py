@@ -58,7 +58,7 @@ class Family:
     ``params`` translates params.json, for a table with a meta column. ``from_shapes`` gives the config from the shapes
     of the stored tensors, for a family whose files come without one. ``stem`` is the default name of its safetensors
     files in Hugging Face's layout. ``tokenizer`` is the one that a tokenizer.model of tiktoken ranks belongs to,
-    None for Llama 3's; ``tokens`` is the number of rows of the embedding.
+    if it is another than Llama 3's; ``tokens`` is the number of rows of the embedding.
 
     ``unverified`` names the formats whose column could not be compared with any other implementation, and why.
     ``literal`` is a table of literal keys: the row of each tensor of one checkpoint, by its key.
@@ -81,6 +81,13 @@ class Family:
     tokenizer: TiktokenSpec | None = None
     tokens: Callable[[Mapping[str, int]], int] = _vocabulary
     literal: Mapping[str, Row] = field(default_factory=dict)
+
+    @property
+    def tiktoken(self) -> TiktokenSpec:
+        """The tokenizer that a tokenizer.model of tiktoken ranks belongs to."""
+        from ckpt_convert.models.core.tokenizers import LLAMA_3
+
+        return self.tokenizer or LLAMA_3
 
     def __post_init__(self) -> None:
         if not self.literal:
