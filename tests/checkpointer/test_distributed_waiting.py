@@ -150,8 +150,10 @@ def interrupt(
     except CkptConvertError as error:
         return str(error), time.monotonic() - began
     finally:
+        (here / f"raised_{dist.get_rank()}").touch()
         with suppress(ProcessLookupError):  # one that is killed
             if dist.get_rank() == 2:
+                until(here / f"raised_{1 - rank}")
                 os.kill(int((here / f"pid_{rank}").read_text()), signal.SIGCONT)
     return "", 0.0
 
