@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -320,8 +321,14 @@ def _plain(model: nn.Module, name: str) -> tuple[str, bool]:
 
 def _wrapped(module: nn.Module | None) -> str | None:
     """The attribute in which a wrapper keeps the wrapped module; None for any other module."""
-    kinds = [kind for kind in type(module).__mro__ if kind.__module__.partition(".")[0] == "torch"]
-    return next((_WRAPPED[kind.__name__] for kind in kinds if kind.__name__ in _WRAPPED), None)
+    kind: type = type(module)
+    return _wrapped_by(kind)
+
+
+@lru_cache(maxsize=1024)  # it is asked for each part of each key, at each save
+def _wrapped_by(kind: type) -> str | None:
+    bases = [base.__name__ for base in kind.__mro__ if base.__module__.partition(".")[0] == "torch"]
+    return next((_WRAPPED[name] for name in bases if name in _WRAPPED), None)
 
 
 def _refuse_sharded(model: nn.Module) -> None:
