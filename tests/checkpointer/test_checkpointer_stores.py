@@ -19,34 +19,22 @@ from ckpt_convert.errors import InputError, LockedError, OutputExistsError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, as_place
 from recipes.native_llama import NativeLlama, add_lora
-from tests.checkpointer.training import Trained, trainable
-from tests.storage.failing import FailingStore
+from tests.checkpointer.training import Trained
+from tests.storage.failing import failing_run, store_of
 
 JOURNAL = ".ckpt-convert-journal"
 MANIFEST = "ckpt_convert/manifest.json"
 LOCK = "runs/mine/.ckpt-convert-lock"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainable(tmp_path_factory.mktemp("source") / "hf")
-
-
 @pytest.fixture
 def run() -> Place:
-    return Place(FailingStore(), PurePosixPath("runs/mine"))
+    return failing_run()
 
 
 @pytest.fixture(params=["local", "memory"])
 def anywhere(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
-    return (
-        as_place(tmp_path / "mine") if request.param == "local" else Place(FailingStore(), PurePosixPath("runs/mine"))
-    )
-
-
-def store_of(place: Place) -> FailingStore:
-    assert isinstance(place.store, FailingStore)
-    return place.store
+    return as_place(tmp_path / "mine") if request.param == "local" else failing_run()
 
 
 def train(source: Path, output: Place | Path, until: int, **options: Any) -> tuple[Trained, dict[int, float]]:
@@ -224,7 +212,7 @@ def test_whatever_request_of_a_save_fails_a_sound_step_is_gone_on_from(
     beside = {"runs/mine/notes/mine.txt": b"mine", "runs/other": b"x"}
     number = 0
     while True:
-        run = Place(FailingStore(beside), PurePosixPath("runs/mine"))
+        run = failing_run(beside)
         store = store_of(run)
         model = NativeLlama.from_config(source / "config.json")
         checkpointer = Checkpointer(source, run, upload="direct", save_every=1, save_last=False, keep_last=1, workers=1)

@@ -26,7 +26,7 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.convert import partition
 from tests.checkpointer.pool import SILENCE, Pool, quick_hearts, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full, train_full_split
-from tests.checkpointer.training import LLAMA, make_model, trainable
+from tests.checkpointer.training import LLAMA, make_model
 from tests.helpers import sums
 
 SOON = 60.0
@@ -92,12 +92,6 @@ FAILED = {
     "broken between the rounds of an exchange": Fault(0, os, "pwrite", after=True, errno=errno.EIO),
 }
 """What goes wrong with the disk of one rank."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to train from."""
-    return trainable(tmp_path_factory.mktemp("faults") / "source")
 
 
 @pytest.fixture(scope="module")

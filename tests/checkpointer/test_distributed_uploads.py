@@ -28,7 +28,7 @@ from ckpt_convert.errors import UnwritableError, UsageError
 from ckpt_convert.storage.place import checked_place
 from tests.checkpointer.pool import Pool, quick_hearts, split
 from tests.checkpointer.test_distributed_saving import optimize, train_full
-from tests.checkpointer.training import make_model, trainable
+from tests.checkpointer.training import make_model
 from tests.helpers import assert_same, sums
 from tests.servers.s3 import Bucket
 
@@ -36,11 +36,6 @@ STORE = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_
 HOST = socket.gethostname()
 Sent = list[tuple[str, int]]
 """The files that one rank has uploaded, and their sizes."""
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainable(tmp_path_factory.mktemp("source") / "hf")
 
 
 @pytest.fixture

@@ -19,14 +19,9 @@ from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.save.signals import parse_signals
 from ckpt_convert.errors import UsageError
 from ckpt_convert.storage.place import as_place
-from tests.checkpointer.training import LLAMA, Trained, batches, loss_of, make_model, trainable
+from tests.checkpointer.training import LLAMA, Trained, batches, loss_of, make_model
 
 BOTH = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainable(tmp_path_factory.mktemp("hooks") / "source")
 
 
 def values(step: Path) -> dict[str, torch.Tensor]:

@@ -21,31 +21,21 @@ from ckpt_convert.checkpointer.save.run_directory import RunDirectory
 from ckpt_convert.errors import LockedError, UnwritableError, UsageError
 from ckpt_convert.storage import pointer
 from ckpt_convert.storage.place import Place, as_place
-from tests.checkpointer.training import Trained, trainable
-from tests.storage.failing import FailingStore
+from tests.checkpointer.training import Trained
+from tests.storage.failing import failing_run, store_of
 
 MANIFEST = "ckpt_convert/manifest.json"
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trainable(tmp_path_factory.mktemp("source") / "hf")
-
-
 @pytest.fixture
 def run() -> Place:
-    return Place(FailingStore(), PurePosixPath("runs/mine"))
+    return failing_run()
 
 
 @pytest.fixture
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     """What fails is tried again at once."""
     monkeypatch.setattr(upload, "_PAUSE", 0.001)
-
-
-def store_of(place: Place) -> FailingStore:
-    assert isinstance(place.store, FailingStore)
-    return place.store
 
 
 def train(source: Path, output: Place | Path, until: int, **options: Any) -> tuple[Trained, dict[int, float]]:
@@ -275,7 +265,7 @@ def test_whatever_request_fails_once_nobody_notices(
     caplog.set_level(logging.CRITICAL)
     number = 0
     while True:
-        run, local = Place(FailingStore(), PurePosixPath("runs/mine")), tmp_path / "staged"
+        run, local = failing_run(), tmp_path / "staged"
         shutil.rmtree(local, ignore_errors=True)
         trained = Trained(source)
         options: dict[str, Any] = {"contents": "weights", "keep_last": 1, "save_every": 1, "local_dir": local}

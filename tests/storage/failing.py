@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from ckpt_convert.errors import UnreadableError, UnwritableError
 from ckpt_convert.storage.base import Version
 from ckpt_convert.storage.memory import MemoryStore
+from ckpt_convert.storage.place import Place
 
 READING = ("list", "head", "get")
 CHANGING = ("put", "complete", "delete")
@@ -65,3 +67,13 @@ class FailingStore(MemoryStore):
         if getattr(self._here, "fails", False):
             self._here.fails = False
             self._fail(kind)
+
+
+def failing_run(files: Mapping[str, bytes] = {}) -> Place:
+    """The directory of a run in such a store."""
+    return Place(FailingStore(files), PurePosixPath("runs/mine"))
+
+
+def store_of(place: Place) -> FailingStore:
+    assert isinstance(place.store, FailingStore)
+    return place.store
