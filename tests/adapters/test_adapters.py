@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from ckpt_convert.adapters.arithmetic import LastBlock
 from ckpt_convert.adapters.config import AdapterConfig
 from ckpt_convert.adapters.merge import Merge, MergedReader, merged_rows, plan_merges
 from ckpt_convert.adapters.modules import Modules
@@ -413,6 +416,21 @@ class TestMerging:
             buffer = bytearray(min(chance.choice([1, 5, 3000, 200_000]), len(whole) - start))
             reader.readinto(start, memoryview(buffer))
             assert buffer == whole[start : start + len(buffer)]
+
+    def test_readers_share_the_block_of_which_a_part_was_read(self) -> None:
+        """Else memory would grow with the number of weights."""
+        weight, a, b, _ = self.parts()
+        last, found = LastBlock(), []
+        readers = [MergedReader(str(scale), weight, Merge(a, b, scale), last=last) for scale in range(10)]
+        tracemalloc.start()
+        for _, reader in itertools.product(range(2), readers):
+            found.append(bytearray(4))
+            reader.readinto(400, memoryview(found[-1]))
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert kept < 2 * weight.numel() * weight.element_size()
+        expected = [bits(merged_rows(weight, a, b, scale)[0, 100:101]) for scale in range(10)]
+        assert [bytes(one) for one in found] == expected * 2
 
 
 class TestLoading:
