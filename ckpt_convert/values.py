@@ -1,8 +1,9 @@
 """``frozen``: ``@dataclass(frozen=True)`` for the classes that ``inspect`` imports, completed with the first value.
 
 ``dataclasses`` compiles six methods for a class, which takes 0.45 ms; with sixty classes that was longer than all that
-``inspect`` does with them, and of a third it makes no value. Here one method is compiled, ``__init__``, when somebody
-looks for it; the others are the same for all classes. ``dataclasses`` is asked for ``fields`` and ``replace``.
+``inspect`` does with them, and of a third it makes no value. Here one method is compiled, ``__init__``, for the third
+value, or when somebody looks for it; the others are the same for all classes. ``dataclasses`` is asked for ``fields``
+and ``replace``.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def frozen(*, eq: bool = True, slots: bool = False) -> Callable[[type[T]], type[
         made: type[T] = _as_dataclass(slots=True)(cls) if slots else cls
         methods: dict[str, Any] = {
             "__described__": described,
-            "__init__": _OnFirstUse(made, "__init__", lambda: _init(made, described, slots)),
+            "__init__": _Init(made, "__init__", lambda: _init(made, described, slots)),
             "__repr__": _repr,
             "__setattr__": _refuse_assignment,
             "__delattr__": _refuse_deletion,
@@ -76,6 +77,34 @@ class _OnFirstUse:
             if self._cls.__dict__.get(self._name) is self:
                 setattr(self._cls, self._name, self._compute())
         return getattr(cls if value is None else value, self._name)
+
+
+class _Init(_OnFirstUse):
+    """``__init__``, compiled for the third value: of most classes there are two at most."""
+
+    _made = 0
+
+    def __get__(self, value: object, cls: type) -> Any:
+        if value is None or self._made == 2:
+            return super().__get__(value, cls)
+        self._made += 1
+        return partial(self._fill, value)
+
+    def _fill(self, value: Any, *given: Any, **named: Any) -> None:
+        described: dict[str, Field[Any]] = self._cls.__described__  # type: ignore[attr-defined]
+        positional = [name for name, each in described.items() if each.kw_only is not True]
+        values = {**dict(zip(positional, given, strict=False)), **named}
+        for name, each in described.items():
+            if name not in values and each.default_factory is not MISSING:
+                values[name] = each.default_factory()
+            elif each.default is not MISSING:
+                values.setdefault(name, each.default)
+        if len(given) > len(positional) or named.keys() & positional[: len(given)] or values.keys() != described.keys():
+            self._compute()(value, *given, **named)  # says what is wrong with them
+        for name in described:
+            _set(value, name, values[name])
+        if hasattr(value, "__post_init__"):
+            value.__post_init__()
 
 
 def _fields(cls: type) -> Any:

@@ -118,6 +118,73 @@ class TestLikeADataclass:
         assert dataclasses.replace(value, name="b").name == "b"
 
 
+@pytest.mark.parametrize("slots", [False, True], ids=["plain", "slots"])
+class TestTheFirstValues:
+    """They are made without the ``__init__`` that is compiled for the third."""
+
+    @pytest.fixture
+    def kind(self, slots: bool) -> type[Any]:
+        @frozen(slots=slots)
+        class Fresh:
+            name: str
+            sizes: tuple[int, ...] = ()
+            seen: dict[str, int] = field(default_factory=dict, compare=False)
+            hidden: int = field(default=3, repr=False)
+            also: bool = field(default=False, kw_only=True)
+
+        return Fresh
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            (("a",), {}),
+            ((), {"name": "a"}),
+            (("a", (1,)), {"also": True}),
+            ((), {"hidden": 4, "seen": {"x": 1}, "name": "a"}),
+            (("a", (), {}, 5), {}),
+        ],
+    )
+    def test_values(self, kind: type[Any], given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        values = [kind(*given, **named) for _ in range(4)]
+        expected = _Expected(*given, **named)
+        assert [list(dataclasses.asdict(value).items()) for value in values] == [
+            list(dataclasses.asdict(expected).items())
+        ] * 4
+        assert len({id(value.seen) for value in values}) == (1 if "seen" in named or len(given) > 2 else 4)
+
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ((), {}),
+            (("a", (), {}, 3, True), {}),
+            (("a",), {"name": "b"}),
+            (("a",), {"other": 1}),
+            ((), {"sizes": (), "nothing": 0}),
+        ],
+    )
+    def test_arguments_that_do_not_fit(self, kind: type[Any], given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        with pytest.raises(TypeError) as expected:
+            _Expected(*given, **named)
+        for _ in range(4):
+            with pytest.raises(TypeError) as error:
+                kind(*given, **named)
+            assert str(error.value).replace(kind.__qualname__, "_Expected") == str(expected.value)
+
+    def test_checks(self, slots: bool) -> None:
+        @frozen(slots=slots)
+        class Fresh:
+            size: int
+
+            def __post_init__(self) -> None:
+                if self.size < 0:
+                    raise ValueError("negative")
+
+        for _ in range(4):
+            with pytest.raises(ValueError, match="negative"):
+                Fresh(-1)
+        assert Fresh(1).size == 1
+
+
 def test_a_value_may_be_unpickled_before_one_is_made() -> None:
     @frozen()
     class Fresh:
