@@ -9,10 +9,10 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import ClassVar, NoReturn, Self
 
 from ckpt_convert.errors import CorruptFileError, UsageError
-from ckpt_convert.storage.base import Entry, FileKind, require_regular_file
+from ckpt_convert.storage.base import Entry, FileKind, Writer, require_regular_file
 from ckpt_convert.storage.listing import Listing, name_prefix
 
 EDGE = 1 << 18
@@ -299,3 +299,21 @@ class ObjectStore(ABC):
 
     def mode(self, name: str) -> int:
         return 0o777
+
+
+class ReadOnlyStore(ObjectStore):
+    """A store that cannot be written to; ``_refusal`` is what to do instead."""
+
+    _refusal: ClassVar[str]
+
+    def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
+        self._refuse_writing(name)
+
+    def create(self, name: str, size: int | None) -> Writer:
+        self._refuse_writing(name)
+
+    def delete(self, names: Iterable[str]) -> None:
+        self._refuse_writing(next(iter(names), ""))
+
+    def _refuse_writing(self, name: str) -> NoReturn:
+        raise UsageError(f"{self.label(name)}: {self._refusal}")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
-from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UnreadableError, UsageError
-from ckpt_convert.storage.base import Entry, Version, Writer, source_changed
+from ckpt_convert.errors import CheckpointNotFoundError, CkptConvertError, UnreadableError
+from ckpt_convert.storage.base import Entry, Version, source_changed
 from ckpt_convert.storage.listing import Listing
-from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
+from ckpt_convert.storage.object_store import ObjectFile, ReadOnlyStore
 from ckpt_convert.storage.remote.http import PATIENCE, Answer, HttpClient, PassingError, Patience
 from ckpt_convert.storage.remote.ranges import HttpRanges, plain_etag
 
@@ -24,12 +24,14 @@ _MOST_FACTS = 1 << 28
 
 
 @dataclass(frozen=True)
-class HubStore(ObjectStore):
+class HubStore(ReadOnlyStore):
     """The files of one commit of a repository, which the Hub lists with size and hash.
 
     revision: as it was asked for, for messages. files: every file by name; the etag is the SHA-256 of its content, or
     git's hash where git holds it.
     """
+
+    _refusal = "write to a directory, and upload that with `hf upload`"
 
     endpoint: str
     repo: str
@@ -62,21 +64,9 @@ class HubStore(ObjectStore):
             self._kept[name] = ranges.fetch(0, ranges.identity.size)
         return self._kept[name][offset : offset + nbytes]
 
-    def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
-        self._refuse_writing(name)
-
-    def create(self, name: str, size: int | None) -> Writer:
-        self._refuse_writing(name)
-
-    def delete(self, names: Iterable[str]) -> None:
-        self._refuse_writing(next(iter(names), ""))
-
     def label(self, name: str) -> str:
         revision = f"@{self.revision}" if self.revision is not None else ""
         return f"hf://{self.repo}{revision}" + (f"/{name}" if name != "." else "")
-
-    def _refuse_writing(self, name: str) -> NoReturn:
-        raise UsageError(f"{self.label(name)}: write to a directory, and upload that with `hf upload`")
 
     @cached_property
     def _kept(self) -> dict[str, memoryview]:

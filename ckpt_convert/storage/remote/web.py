@@ -7,13 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import PurePosixPath
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ckpt_convert.errors import CkptConvertError, UnreadableError, UsageError
-from ckpt_convert.storage.base import Entry, FileKind, Version, Writer, source_changed
+from ckpt_convert.storage.base import Entry, FileKind, Version, source_changed
 from ckpt_convert.storage.listing import name_prefix
-from ckpt_convert.storage.object_store import ObjectFile, ObjectStore
+from ckpt_convert.storage.object_store import ObjectFile, ReadOnlyStore
 from ckpt_convert.storage.remote.http import (
     PATIENCE,
     Answer,
@@ -31,12 +31,14 @@ _PATH = "/%:@!$&'()*+,;=~"
 
 
 @dataclass(frozen=True)
-class WebStore(ObjectStore):
+class WebStore(ReadOnlyStore):
     """The files of a web server by the paths of their URLs, without the first "/".
 
     names: the files that are known to be there, which is what a listing consists of.
     query: is added to every URL, such as a signature; it is never shown, and neither is ``login``, a header.
     """
+
+    _refusal = "nothing can be written to a web server; write to a directory or a bucket"
 
     origin: str
     names: tuple[str, ...] = ()
@@ -75,22 +77,8 @@ class WebStore(ObjectStore):
         )
         return ObjectFile(called or self.label(name), found, ranges.fetch)
 
-    def put(self, name: str, data: bytes, *, create_only: bool = False, if_match: str | None = None) -> Entry:
-        self._refuse_writing(name)
-
-    def create(self, name: str, size: int | None) -> Writer:
-        self._refuse_writing(name)
-
-    def delete(self, names: Iterable[str]) -> None:
-        self._refuse_writing(next(iter(names), ""))
-
     def label(self, name: str) -> str:
         return f"{self.origin}/{name.removeprefix('.')}"
-
-    def _refuse_writing(self, name: str) -> NoReturn:
-        raise UsageError(
-            f"{self.label(name)}: nothing can be written to a web server; write to a directory or a bucket"
-        )
 
     def _url(self, name: str) -> str:
         return f"{self.origin}/{quote(name, safe=_PATH)}{'?' if self.query else ''}{self.query}"
