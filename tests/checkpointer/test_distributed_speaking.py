@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -16,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from ckpt_convert import Checkpointer, TransferProgress
-from ckpt_convert.checkpointer.distributed import heartbeat, ranks
+from ckpt_convert.checkpointer.distributed import ranks
 from ckpt_convert.checkpointer.distributed.speaking import OWN
 from tests.checkpointer.pool import Pool, split
-from tests.checkpointer.test_distributed_saving import train_full
+from tests.checkpointer.test_distributed_saving import stop, train_full
 from tests.checkpointer.training import LLAMA, make_model, trainable
 
 log = logging.getLogger("ckpt_convert")
@@ -151,21 +148,7 @@ def test_values_that_one_rank_alone_cannot_hold(pool: Pool, tmp_path: Path) -> N
 
 def stop_one(here: Path) -> list[str]:
     """A signal reaches one rank."""
-
-    def run() -> None:
-        model = split(make_model(), "ddp")
-        with (
-            mock.patch.object(heartbeat, "BEAT", 0.05),
-            Checkpointer(LLAMA, here / "out", contents="weights", save_on_signal=True) as checkpointer,
-        ):
-            checkpointer.register(model=model)
-            while not checkpointer.should_stop:
-                dist.barrier()
-                if dist.get_rank() == 1 and checkpointer.progress.step == 2:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                checkpointer.step()
-
-    return [line for line in lines_of(run) if "WARNING" in line]
+    return [line for line in lines_of(lambda: stop(here, (1,))) if "WARNING" in line]
 
 
 def test_the_first_rank_says_which_one_a_signal_has_reached(pool: Pool, tmp_path: Path) -> None:

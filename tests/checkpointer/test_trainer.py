@@ -5,50 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import pytest
 import torch
-import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from ckpt_convert import Checkpointer, CheckpointNotFoundError, UsageError
 from ckpt_convert.checkpointer.trainer import CheckpointerCallback
 from ckpt_convert.storage.place import Place
+from tests.checkpointer.trainer import StopAt, StoppedError, saved_llama
 from tests.storage.failing import FailingStore
 
 STEPS = 13  # 10 steps are an epoch
 
 
-class StoppedError(Exception):
-    """A run that ends where it was not to."""
-
-
-class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise StoppedError
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        vocab_size=96,
-        max_position_embeddings=64,
-        attention_dropout=0.1,
-    )
-    path = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path, max_shard_size="50KB")
-    return path
+    return saved_llama(tmp_path_factory.mktemp("source"), max_shard_size="3KB")
 
 
 def train(
@@ -56,7 +29,7 @@ def train(
 ) -> dict[str, torch.Tensor]:
     """Train in float32 with dropout and shuffling, from the newest checkpoint on if there is one."""
     generator = torch.Generator().manual_seed(1)
-    texts = [torch.randint(0, 96, (12,), generator=generator).tolist() for _ in range(40 * accumulate)]
+    texts = [torch.randint(0, 40, (12,), generator=generator).tolist() for _ in range(40 * accumulate)]
     data = [{"input_ids": text, "labels": text} for text in texts]
     model = LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     checkpointer = Checkpointer(

@@ -74,13 +74,19 @@ def test_neighbours_hold_copies_and_params_json_counts_them(ranks: int, source: 
     assert sums(tmp_path / "back") == sums(source)
 
 
+def released_by_meta(source: Path, there: Path, ranks: int) -> Path:
+    """A directory as Meta releases it: weights and params.json alone, without a record."""
+    convert_checkpoint(source, there / "made", to="meta", model_parallel=ranks)
+    meta = there / "meta"
+    meta.mkdir()
+    for file in [*(there / "made").glob("*.pth"), there / "made" / "params.json"]:
+        file.rename(meta / file.name)
+    return meta
+
+
 @pytest.mark.usefixtures("released")
 def test_a_release_for_more_ranks_than_heads(source: Path, tmp_path: Path) -> None:
-    convert_checkpoint(source, tmp_path / "made", to="meta", model_parallel=8)
-    meta = tmp_path / "meta"
-    meta.mkdir()
-    for file in [*(tmp_path / "made").glob("*.pth"), tmp_path / "made" / "params.json"]:
-        file.rename(meta / file.name)
+    meta = released_by_meta(source, tmp_path, 8)
     report = convert_checkpoint(meta, tmp_path / "hf", to="hf", verify=True)
     assert_same(read_safetensors(tmp_path / "hf"), read_safetensors(source))
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == KV
@@ -155,11 +161,7 @@ def test_params_json_of_the_release_for_16_ranks() -> None:
 
 def test_params_json_says_itself_how_many_heads_where_no_release_does(source: Path, tmp_path: Path) -> None:
     """Without a record nothing tells copies from heads, and the model is the same with as many heads as ranks."""
-    convert_checkpoint(source, tmp_path / "made", to="meta", model_parallel=4)
-    meta = tmp_path / "meta"
-    meta.mkdir()
-    for file in [*(tmp_path / "made").glob("*.pth"), tmp_path / "made" / "params.json"]:
-        file.rename(meta / file.name)
+    meta = released_by_meta(source, tmp_path, 4)
     convert_checkpoint(meta, tmp_path / "hf", to="hf")
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_key_value_heads"] == 4
     models = [LlamaForCausalLM.from_pretrained(path) for path in (source, tmp_path / "hf")]

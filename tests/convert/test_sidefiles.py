@@ -70,13 +70,17 @@ def test_what_is_copied_generated_and_carried(hf: Path, tmp_path: Path) -> None:
     assert {"tokenizer.json", "figures/a.png", "modeling_llama.py"} <= names(tmp_path / "native")
 
 
+def trip(start: Path, steps: tuple[str, ...], folder: Path) -> Path:
+    """What comes of a checkpoint that is converted from format to format."""
+    for number, step in enumerate(steps):
+        ckpt_convert.convert_checkpoint(start, folder / str(number), to=step)
+        start = folder / str(number)
+    return start
+
+
 @pytest.mark.parametrize("steps", [("hf",), ("meta", "hf"), ("native", "meta", "hf"), ("meta", "native", "hf")])
 def test_everything_comes_back_byte_for_byte(hf: Path, steps: tuple[str, ...], tmp_path: Path) -> None:
-    here = hf
-    for number, step in enumerate(steps):
-        ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step)
-        here = tmp_path / str(number)
-    assert sums(here) == kept(hf)
+    assert sums(trip(hf, steps, tmp_path)) == kept(hf)
 
 
 def test_a_file_that_was_edited_on_the_way_wins(hf: Path, tmp_path: Path) -> None:
@@ -338,11 +342,7 @@ def test_a_params_json_beside_hugging_face_files_comes_back(steps: tuple[str, ..
     shutil.copytree(GOLDEN / "mistral" / "hf", source)
     (source / "params.json").write_text('{"dim": 72}')
     (source / "checklist.chk").write_text("abc")
-    here = source
-    for number, step in enumerate(steps):
-        ckpt_convert.convert_checkpoint(here, tmp_path / str(number), to=step)
-        here = tmp_path / str(number)
-    assert sums(here) == sums(source)
+    assert sums(trip(source, steps, tmp_path)) == sums(source)
 
 
 def test_what_is_not_taken_along_is_named(hf: Path, tmp_path: Path) -> None:

@@ -13,45 +13,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
 from ckpt_convert import Checkpointer, CheckpointerCallback, UsageError
+from tests.checkpointer.trainer import StopAt, StoppedError, saved_llama
 from tests.helpers import assert_same
 
 STEPS = 5  # 3 steps are an epoch
 
 
-class StoppedError(Exception):
-    """A run that ends where it was not to."""
-
-
-class StopAt(transformers.TrainerCallback):  # type: ignore[misc]
-    """Ends a run before or after the checkpointer's callback hears of a step, or within an evaluation there."""
-
-    def __init__(self, step: int, event: str = "on_step_end") -> None:
-        def stop(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == step:
-                raise StoppedError
-
-        setattr(self, event, stop)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-        max_position_embeddings=32,
-        attention_dropout=0.1,
-    )
-    path = tmp_path_factory.mktemp("source")
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
-    return path
+    return saved_llama(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(autouse=True)
