@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,38 @@ def assert_same_training(found: Trained, expected: Trained) -> None:
 # Exact
 
 
+@pytest.fixture(scope="module")
+def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bfloat16_source(tmp_path_factory.mktemp("bfloat16") / "source")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    bfloat16: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[torch.dtype, bool], tuple[Trained, dict[int, float]]]:
+    """Runs of twelve steps, and what their losses were."""
+
+    @cache
+    def run(dtype: torch.dtype, asynchronous: bool) -> tuple[Trained, dict[int, float]]:
+        place = tmp_path_factory.mktemp("whole") / "out"
+        return trained_to(place, 12, bfloat16, dtype=dtype, asynchronous=asynchronous)
+
+    return run
+
+
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("stop", [3, 7, 9], ids=["within an epoch", "at its end", "in the second"])
-def test_from_a_bfloat16_source(dtype: torch.dtype, stop: int, asynchronous: bool, tmp_path: Path) -> None:
-    source = bfloat16_source(tmp_path / "source")
-    expected, curve = trained_to(tmp_path / "whole", 12, source, dtype=dtype, asynchronous=asynchronous)
+def test_from_a_bfloat16_source(
+    dtype: torch.dtype,
+    stop: int,
+    asynchronous: bool,
+    bfloat16: Path,
+    uninterrupted: Callable[[torch.dtype, bool], tuple[Trained, dict[int, float]]],
+    tmp_path: Path,
+) -> None:
+    source = bfloat16
+    expected, curve = uninterrupted(dtype, asynchronous)
     _, first = trained_to(tmp_path / "parts", stop, source, dtype=dtype, asynchronous=asynchronous)
     found, second = trained_to(tmp_path / "parts", 12, source, dtype=dtype, asynchronous=asynchronous)
     assert second.keys() == set(range(stop + 1, 13))
