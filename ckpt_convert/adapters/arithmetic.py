@@ -85,7 +85,8 @@ def merge_blocks(
     """
     with np.errstate(all="ignore"):
         factor = out.dtype.type(scale)
-        is_exact = abs(frexp(factor)[0]) == 0.5  # a power of two: each product has the same bits if B is scaled
+        # With a power of two, scaling B gives the same bits, but for numbers at the ends of the dtype's range.
+        is_exact = abs(frexp(factor)[0]) == 0.5
         if is_exact:
             left = left * factor
         if columns is None:
@@ -120,7 +121,7 @@ class LastBlock(threading.local):
     def rows(self, blocks: RowBlocks, start: int, stop: int) -> Array:
         """The bytes of a block of a matrix, good until the next call."""
         size = (stop - start) * blocks.row_bytes
-        if self._block is None or self._block[0] is not blocks or self._block[1] != start:
+        if self._block != (blocks, start):
             self._block = None
             if len(self._data) < size:
                 self._data = np.empty(size, np.uint8)

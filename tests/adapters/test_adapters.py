@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import random
 import tracemalloc
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -431,6 +433,10 @@ class TestMerging:
         assert kept < 2 * weight.numel() * weight.element_size()
         expected = [bits(merged_rows(weight, a, b, scale)[0, 100:101]) for scale in range(10)]
         assert [bytes(one) for one in found] == expected * 2
+        gone = weakref.ref(reader)
+        del reader, readers, last
+        gc.collect()
+        assert gone() is None
 
 
 class TestLoading:
