@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,6 +25,8 @@ from ckpt_convert.wording import human_bytes
 
 if TYPE_CHECKING:
     from ckpt_convert.convert.api import Report
+    from ckpt_convert.convert.plan import Plan
+    from ckpt_convert.storage.place import Location
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?", re.IGNORECASE)
 
@@ -136,9 +139,18 @@ def _command(name: str, source: str | None, to: str | None) -> click.Command:
     )
 
 
-def _convert(
-    *,
-    src: str,
+def _convert(*, src: str, cache: bool, quiet: bool, **options: Any) -> int | None:
+    from ckpt_convert.convert import api
+
+    with on_stderr(hidden=quiet):
+        source = common.in_cache(src, options["revision"], options["from_format"], cache=cache)
+    return run_or_show_plan(api.convert_checkpoint, api.plan_conversion, source, quiet=quiet, **options)
+
+
+def run_or_show_plan(
+    convert: Callable[..., Report],
+    plan: Callable[..., Plan],
+    *sources: Location,
     dst: str,
     dry_run: bool,
     as_json: bool,
@@ -148,23 +160,20 @@ def _convert(
     resume: bool,
     overwrite: bool,
     workers: int | None,
-    cache: bool,
     **options: Any,
 ) -> int | None:
-    from ckpt_convert.convert import api
-
+    """Convert the sources and print the report; with ``dry_run``, print the plan instead."""
     with on_stderr(hidden=quiet):
-        source = common.in_cache(src, options["revision"], options["from_format"], cache=cache)
         options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
         if dry_run:
             from ckpt_convert.cli.plan import show_plan
 
-            plan = api.plan_conversion(source, **options)
-            show_plan(plan, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
+            made = plan(*sources, **options)
+            show_plan(made, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
             return None
         with Bar(hidden=quiet) as bar:
-            report = api.convert_checkpoint(
-                source,
+            report = convert(
+                *sources,
                 dst,
                 verify=verify,
                 resume=resume,

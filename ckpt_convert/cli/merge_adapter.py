@@ -9,12 +9,8 @@ import click
 from ckpt_convert import formats
 from ckpt_convert.cli import options as common
 from ckpt_convert.cli.commands import SUMMARIES
-from ckpt_convert.cli.convert import parse_size, show_report
-from ckpt_convert.cli.notices import on_stderr
-from ckpt_convert.cli.progress import Bar
+from ckpt_convert.cli.convert import run_or_show_plan
 from ckpt_convert.dtypes import CASTS, DEQUANTIZED_DTYPES
-from ckpt_convert.storage.place import output_place
-from ckpt_convert.storage.reader import DEFAULT_WORKERS
 
 _CONTAINERS = list(dict.fromkeys(name for format in formats.ALL.values() for name in format.containers))
 
@@ -55,21 +51,7 @@ Examples:
 @common.WORKERS
 @common.JSON
 @common.QUIET
-def merge_adapter(
-    *,
-    base: str,
-    adapter: str,
-    dst: str,
-    dry_run: bool,
-    as_json: bool,
-    quiet: bool,
-    max_shard_size: str | None,
-    verify: bool,
-    resume: bool,
-    overwrite: bool,
-    workers: int | None,
-    **options: Any,
-) -> int | None:
+def merge_adapter(*, base: str, adapter: str, **options: Any) -> int | None:
     """Merge ADAPTER into BASE, and write whole weights to DST, in the files of BASE or in another format.
 
     ADAPTER is a directory of PEFT's (LoRA, DoRA, rsLoRA, modules_to_save), a Hub id of one, or the file of an adapter
@@ -78,25 +60,4 @@ def merge_adapter(
     """
     from ckpt_convert.adapters import api
 
-    with on_stderr(hidden=quiet):
-        options["max_shard_size"] = parse_size(max_shard_size) if max_shard_size is not None else None
-        if dry_run:
-            from ckpt_convert.cli.plan import show_plan
-
-            plan = api.plan_merge(base, adapter, **options)
-            show_plan(plan, output_place(dst, "DST"), as_json=as_json, quiet=quiet, workers=workers or DEFAULT_WORKERS)
-            return None
-        with Bar(hidden=quiet) as bar:
-            report = api.merge_adapter(
-                base,
-                adapter,
-                dst,
-                verify=verify,
-                resume=resume,
-                overwrite=overwrite,
-                workers=workers,
-                progress=bar,
-                **options,
-            )
-        show_report(report, as_json=as_json, quiet=quiet)
-    return 0  # DST is complete, even if the report could not be printed
+    return run_or_show_plan(api.merge_adapter, api.plan_merge, base, adapter, **options)
