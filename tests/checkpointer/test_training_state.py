@@ -28,7 +28,7 @@ from ckpt_convert.errors import (
     UnwritableError,
     UsageError,
 )
-from ckpt_convert.storage.folder import Folder
+from ckpt_convert.storage.folder import Folder, StagedFile
 from ckpt_convert.storage.place import as_place
 from ckpt_convert.tensors.header import Box
 
@@ -83,6 +83,26 @@ def test_parts_come_back(saved: Path) -> None:
     assert torch.equal(first["exp_avg"], torch.arange(12.0).reshape(3, 4))
     assert first["step"].shape == ()
     assert first["empty"].shape == (0, 3)
+
+
+@pytest.mark.parametrize("large", [0, 1 << 16, (1 << 16) + 1], ids=["small", "at the limit", "above it"])
+def test_small_tensors_are_written_together(large: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.save makes dozens of calls for each; one that is large is written as it is, between those around it."""
+    written: list[int] = []
+    true = StagedFile.write
+
+    def counted(self: StagedFile, offset: int, data: memoryview) -> None:
+        written.append(len(data))
+        true(self, offset, data)
+
+    monkeypatch.setattr(StagedFile, "write", counted)
+    tree = {str(number): torch.tensor([number, large]) for number in range(100)}
+    tree["50"] = torch.arange(large, dtype=torch.uint8)
+    write(tmp_path / "s", serialize(tree))
+    assert len(written) < 16
+    assert (large in written) is (large > 0)
+    found = read(tmp_path / "s")
+    assert all(torch.equal(found[key], tensor) for key, tensor in tree.items())
 
 
 def test_every_kind_of_tensor_comes_back_bit_for_bit(tmp_path: Path) -> None:
