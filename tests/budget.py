@@ -2,7 +2,8 @@
 
 python -m tests.budget SECONDS COMMAND…
 
-Time on the clock depends on what else a machine does, so tests are held to processor time.
+Time on the clock depends on what else a machine does, so tests are held to processor time. Processes count that were
+waited for: those of tests/checkpointer/pool.py, which are children of a server that nobody waits for, do not.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ with the directory of the test, and finds its rank in ``torch.distributed``.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -153,6 +154,7 @@ def _tcp_store(path: Path, rank: int, world: int) -> Any:
 def _work(pipe: Connection) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    gc.freeze()  # no garbage is looked for among what the server has imported
     with suppress(EOFError, ConnectionError):
         while True:
             module, name, path, rank, world, here, given = pipe.recv()
