@@ -19,11 +19,11 @@ help: ## Show this help
 demo: $(INSTALLED) ## Convert a Hugging Face Llama to Meta's layout and back, and compare every file
 	@$(BIN)/python recipes/demo.py
 
-test: $(INSTALLED) ## Run the tests, but for the slow ones; at most 700 CPU-seconds
+test: $(INSTALLED) ## Run the tests, but for the slow ones; at most 840 CPU-seconds
 	@tests/browser.sh --install >/dev/null || true  # the tests that need it fail with the same words
 	@tests/compiler.sh --install >/dev/null || true
 	@tests/azurite.sh --install >/dev/null || true
-	$(BIN)/python -m tests.budget 700 $(PYTEST) -m "not slow" --numprocesses auto --dist loadfile
+	$(BIN)/python -m tests.budget 840 $(PYTEST) -m "not slow" --numprocesses auto --dist loadfile
 
 test-fast: $(INSTALLED) ## Run the tests of single modules; at most 60 CPU-seconds
 	$(BIN)/python -m tests.budget 60 $(PYTEST) -m fast
