@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
 from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
 from ckpt_convert.storage import pointer, removal, workspace
+from ckpt_convert.storage.local import LocalStore
 from ckpt_convert.storage.lock import Lock
-from ckpt_convert.storage.place import as_place
+from ckpt_convert.storage.place import Place, as_place
 
 JOURNAL = ".ckpt-convert-journal"
 MANIFEST = "ckpt_convert/manifest.json"
@@ -138,6 +141,31 @@ class TestRead:
         path = checkpoint(tmp_path, "step_30")
         (path / JOURNAL).touch()
         assert read(path) is None
+
+    @pytest.mark.parametrize("call", range(8))
+    @pytest.mark.parametrize("look", [saved_steps.read_step, saved_steps.is_damaged])
+    @pytest.mark.parametrize("how", ["moved", "removed"])
+    def test_one_that_another_thread_removes_meanwhile(
+        self, how: str, look: Callable[[Place], Any], call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Before each of the calls that look at it: what is found is a step that was there, or none, and no error."""
+        path, calls = checkpoint(tmp_path / "runs", "step_30"), itertools.count()
+
+        def vanishes_before(name: str) -> None:
+            real = getattr(LocalStore, name)
+
+            def act(self: LocalStore, *given: Any, **named: Any) -> Any:
+                if next(calls) == call:
+                    path.rename(tmp_path / "moved") if how == "moved" else shutil.rmtree(path)
+                return real(self, *given, **named)
+
+            monkeypatch.setattr(LocalStore, name, act)
+
+        for name in ("kind", "entry", "list", "open", "link"):
+            vanishes_before(name)
+        look(as_place(path))
+        assert path.exists() == (next(calls) <= call)
+        assert path.exists() or look(as_place(path)) in (None, False)
 
     def test_another_savers(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_30", saver="weights")

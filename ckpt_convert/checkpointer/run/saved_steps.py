@@ -10,10 +10,10 @@ import contextlib
 import logging
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ckpt_convert.checkpoint.record import MANIFEST, TRAINING_STATE, read_manifest, replace_manifest
 from ckpt_convert.checkpointer.run.progress import Progress
@@ -26,6 +26,7 @@ from ckpt_convert.errors import (
     CorruptFileError,
     NewerVersionError,
     SourceChangedError,
+    UnreadableError,
     UsageError,
     error_text,
 )
@@ -34,6 +35,8 @@ from ckpt_convert.formats.names import RECORD_FOLDER
 from ckpt_convert.storage import workspace
 from ckpt_convert.storage.names import JOURNAL
 from ckpt_convert.storage.place import Place
+
+T = TypeVar("T")
 
 log = logging.getLogger("ckpt_convert")
 
@@ -90,9 +93,20 @@ def _section(directory: Place, name: str | None) -> tuple[dict[str, Any], dict[s
     return manifest, training
 
 
+def _look(directory: Place, look: Callable[[Place], T]) -> T:
+    """What ``look`` finds in a directory; it looks again where a file is gone or another one since that was listed.
+
+    Another thread may be removing the step, or giving it a metric.
+    """
+    try:
+        return look(directory.listed())
+    except (SourceChangedError, UnreadableError):
+        return look(directory.without_listing().listed())
+
+
 def _is_complete(directory: Place, name: str) -> bool:
     with contextlib.suppress(ConfigError, CorruptFileError):
-        return _section(directory.listed(), name) is not None
+        return _look(directory, lambda listed: _section(listed, name)) is not None
     return False
 
 
@@ -102,7 +116,10 @@ RULES = replace(ownership.STEP_RULES, is_complete=_is_complete)
 
 def is_damaged(directory: Place) -> bool:
     """Whether this was a checkpoint, by its record folder, whose manifest is missing or cannot be read."""
-    directory = directory.listed()
+    return _look(directory, _is_damaged)
+
+
+def _is_damaged(directory: Place) -> bool:
     if (
         directory.link() is not None
         or not (directory / RECORD_FOLDER).is_folder()
@@ -124,10 +141,7 @@ def read_step(directory: Place, saver: str = "default", *, renamed: bool = False
     ``renamed`` also accepts one that was copied or moved to another name. Damage is a warning. Raises NewerVersionError
     for a checkpoint of a newer version.
     """
-    try:
-        return _read_step(directory.listed(), saver, renamed)
-    except SourceChangedError:  # since it was listed, another thread has removed it, or given it a metric
-        return _read_step(directory.without_listing().listed(), saver, renamed)
+    return _look(directory, lambda listed: _read_step(listed, saver, renamed))
 
 
 def _read_step(directory: Place, saver: str, renamed: bool) -> SavedStep | None:
