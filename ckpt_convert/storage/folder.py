@@ -53,7 +53,7 @@ class _Identity(NamedTuple):
 _FLUSHED = 1 << 18
 """Bytes of a write that the system is told to write to the disk at once."""
 
-_COPIED = 1 << 18
+_COPIED = 1 << 17
 """Bytes that the system copies to the page cache at a time.
 
 For more it takes larger pieces of memory. A virtual machine that returns its free memory to the host has those only
