@@ -85,7 +85,7 @@ class _Init(_OnFirstUse):
     _made = 0
 
     def __get__(self, value: object, cls: type) -> Any:
-        if value is None or self._made == 2:
+        if value is None or self._made >= 2:  # threads may count past it
             return super().__get__(value, cls)
         self._made += 1
         return partial(self._fill, value)

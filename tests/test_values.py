@@ -224,3 +224,13 @@ def test_threads_that_make_the_first_values_at_once() -> None:
         for thread in threads:
             thread.join()
         assert [(value.sizes, value.name) for value in made] == [({}, "a")] * 4
+
+
+def test_threads_that_count_past_the_second_value_leave_it_to_the_compiled_init() -> None:
+    @frozen()
+    class Fresh:
+        size: int
+
+    Fresh.__dict__["__init__"]._made = 3
+    assert Fresh(1).size == 1
+    assert inspect.isfunction(Fresh.__dict__["__init__"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import logging
@@ -16,11 +17,12 @@ import pytest
 from ckpt_convert.checkpointer.run import saved_steps
 from ckpt_convert.checkpointer.run.progress import Progress
 from ckpt_convert.checkpointer.run.saved_steps import SavedStep
-from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UsageError
+from ckpt_convert.errors import CheckpointNotFoundError, ConfigError, OutputExistsError, UnreadableError, UsageError
 from ckpt_convert.storage import pointer, removal, workspace
 from ckpt_convert.storage.local import LocalStore
 from ckpt_convert.storage.lock import Lock
 from ckpt_convert.storage.place import Place, as_place
+from ckpt_convert.storage.reader import reading
 
 JOURNAL = ".ckpt-convert-journal"
 MANIFEST = "ckpt_convert/manifest.json"
@@ -166,6 +168,19 @@ class TestRead:
         look(as_place(path))
         assert path.exists() == (next(calls) <= call)
         assert path.exists() or look(as_place(path)) in (None, False)
+
+    def test_a_disk_that_fails_is_not_asked_again(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path, asked = checkpoint(tmp_path, "step_30"), []
+
+        def fail(self: LocalStore, name: str, *given: Any) -> Any:
+            asked.append(name)
+            with reading(name):
+                raise OSError(errno.EIO, "Input/output error", name)
+
+        monkeypatch.setattr(LocalStore, "open", fail)
+        with pytest.raises(UnreadableError, match=r"manifest\.json: cannot be read: Input/output error"):
+            read(path)
+        assert len(asked) == 1
 
     def test_another_savers(self, tmp_path: Path) -> None:
         path = checkpoint(tmp_path, "step_30", saver="weights")

@@ -100,7 +100,9 @@ def _look(directory: Place, look: Callable[[Place], T]) -> T:
     """
     try:
         return look(directory.listed())
-    except (SourceChangedError, UnreadableError):
+    except (SourceChangedError, UnreadableError) as error:
+        if isinstance(error, UnreadableError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise  # a failing disk or store, which was tried again already
         return look(directory.without_listing().listed())
 
 
