@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import mmap
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -11,9 +14,16 @@ from ckpt_convert.storage.system import LARGE, PAGE
 from ckpt_convert.storage.workspace import StagedFile
 
 BUFFER = 2 << 20
-"""Bytes of the buffer, and of a write.
+"""Bytes of a buffer, and of a write: a huge page.
 
-Measured on ext4, past the page cache, with two threads: 1.6 GB/s, with buffers of 1 or 4 MiB 1.0 and 1.3."""
+Of pages of 4 KiB a disk takes about 254 in a request (virtio, NVMe), of this one all. Measured on ext4, past the page
+cache, with two threads: 1.8 GB/s of small pages, 2.4 of huge ones."""
+
+_BUFFERS = 6
+"""Buffers that a writer has, one after the other.
+
+The disk of a virtual machine is another core: to write again to memory that this has just read takes up to ten times as
+long as to write to other memory."""
 
 
 class RunWriter:
@@ -25,7 +35,8 @@ class RunWriter:
     """
 
     def __init__(self) -> None:
-        self._buffer = np.frombuffer(mmap.mmap(-1, BUFFER), np.uint8)
+        self._buffers = itertools.cycle(_huge_pages(_BUFFERS))
+        self._buffer = next(self._buffers)
         self._file: StagedFile | None = None
         self._page = self._start = self._end = 0
         """The offset in the file of the buffer's first byte; where in the buffer there is something to be written."""
@@ -54,9 +65,23 @@ class RunWriter:
     def end(self) -> None:
         """Write what was kept."""
         first, last = -(-self._start // PAGE) * PAGE, self._end // PAGE * PAGE
-        cuts = [self._start, first, last, self._end] if last - first >= LARGE else [self._start, self._end]
+        is_large = last - first >= LARGE
+        cuts = [self._start, first, last, self._end] if is_large else [self._start, self._end]
         for start, end in pairwise(cuts):
             if start < end and self._file is not None:
                 self._file.write(self._page + start, self._buffer[start:end].data)
         self._page += self._end
         self._start = self._end = 0
+        if is_large:
+            self._buffer = next(self._buffers)
+
+
+def _huge_pages(count: int) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """Buffers, each of them a huge page where the system has those."""
+    memory = mmap.mmap(-1, (count + 1) * BUFFER, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    first = -whole.ctypes.data % BUFFER
+    return [whole[at : at + BUFFER] for at in range(first, first + count * BUFFER, BUFFER)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 from pathlib import Path
@@ -70,6 +71,38 @@ def test_whole_pages_go_past_the_cache_where_that_is_asked_for(content: memoryvi
         (tmp_path / "file").unlink()
     with Folder.at(tmp_path) as folder:
         assert not any(write(folder, content, [0], LARGE))
+
+
+def test_large_writes_take_turns_with_huge_pages_and_small_ones_do_not(
+    content: memoryview, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large, small, true = [], set(), os.pwrite
+
+    def pwrite(fd: int, data: memoryview, offset: int) -> int:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+        if len(data) == BUFFER:
+            large.append(address)
+        else:
+            small.add(address // BUFFER)
+        return true(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with Folder.at(tmp_path) as folder, folder.past_cache().file("file", 8 * BUFFER + 9 * PAGE) as file:
+        if not file.is_past_cache:
+            pytest.skip("the file system of the temporary directory has no such writes")
+        writer = RunWriter()
+        writer.begin(file, 0)
+        for _ in range(8):
+            writer.write(content[:BUFFER])
+        writer.end()
+        for number in range(9):
+            writer.begin(file, 8 * BUFFER + number * PAGE + 1)
+            writer.write(content[:99])
+            writer.end()
+    assert [address % BUFFER for address in large] == [0] * 8
+    assert len(set(large[:6])) == 6
+    assert large[6:] == large[:2]
+    assert len(small) == 1
 
 
 def test_a_system_that_refuses_such_writes_gets_ordinary_ones(
