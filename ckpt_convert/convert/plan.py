@@ -35,7 +35,7 @@ _BASE_MEMORY = 40_000_000
 
 _MEMORY = "memory:"
 
-_CASTING = 2_000_000
+_CASTING = 3_000_000
 """Bytes of the buffers in which one worker casts."""
 
 _COMPUTING = 8_000_000

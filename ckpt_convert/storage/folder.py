@@ -54,10 +54,10 @@ _FLUSHED = 1 << 18
 """Bytes of a write that the system is told to write to the disk at once."""
 
 _COPIED = 1 << 17
-"""Bytes that the system copies to the page cache at a time.
+"""Bytes that the system copies to the page cache at a time, from a multiple of it to the next.
 
-For more it takes larger pieces of memory. A virtual machine that returns its free memory to the host has those only
-from there, which takes a second for a GB."""
+So it takes memory for them in one piece. For more it takes larger pieces, which a virtual machine that returns its free
+memory to the host may have only from there, at up to a second for a GB."""
 
 
 @dataclass
@@ -305,7 +305,9 @@ class StagedFile:
             done = self._written_past_cache(offset, data)
             with self._turn:
                 while done < len(data):
-                    done += os.pwrite(self._fd, data[done : done + _COPIED], offset + done)
+                    at = offset + done
+                    part = data[done : done + _COPIED - at % _COPIED]
+                    done += os.pwrite(self._fd, part, at)
             if done >= _FLUSHED and not self.is_past_cache and hasattr(os, "posix_fadvise"):
                 with contextlib.suppress(OSError):  # the flush is what counts
                     os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)

@@ -30,7 +30,7 @@ T = TypeVar("T")
 ZEROS = -1
 """The source of elements that are zero and stored nowhere."""
 
-BLOCK = 1 << 20
+BLOCK = 2 << 20
 """Bytes of the buffer of a block, by which tensors are moved."""
 
 SCRATCH = 8 << 20

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +64,23 @@ def test_a_file_is_written_all_the_same_where_blocks_cannot_be_reserved(
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", library)
     assert write_file(tmp_path) == b"begin" + bytes(SIZE - 8) + b"end"
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4096, (1 << 17) - 1, 3 * (1 << 17) + 77])
+def test_the_cache_is_written_from_multiple_to_multiple(
+    offset: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes, true = [], os.pwrite
+
+    def pwrite(fd: int, data: memoryview, at: int) -> int:
+        writes.append((at, at + len(data)))
+        return true(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    content = random.Random(offset).randbytes(2_500_000)
+    with Folder.at(tmp_path) as folder, folder.file("a.bin", 2 * SIZE) as file:
+        file.write(offset, memoryview(content))
+    assert (tmp_path / "a.bin").read_bytes()[offset : offset + len(content)] == content
+    end = offset + len(content)
+    cuts = [at for at in range(0, end, 1 << 17) if at > offset]
+    assert writes == list(pairwise([offset, *cuts, end]))
