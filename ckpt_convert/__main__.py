@@ -13,8 +13,14 @@ value stays, the collector took a quarter of all the time (DeepSeek-V3, as publi
 """
 
 
+_SPIN = "4"
+"""How long OpenBLAS's threads wait awake for work, as the logarithm of ticks: it starts one for each further core when
+numpy is imported, and each would take 0.06 s of its core (2 ** 26 ticks, its own choice) for nothing."""
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", _SPIN)
     gc.set_threshold(_YOUNG, 20, 100)
     try:
         from ckpt_convert import cli

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -72,6 +73,20 @@ def test_inspect_of_another_family_imports_its_table(name: str) -> None:
     ours, others = imported("inspect", str(GOLDEN / name))
     assert {module for module in ours - set(INSPECT.split()) if not module.startswith("models.")} == set()
     assert not others & set(SLOW.split())
+
+
+@pytest.mark.parametrize("stated", [None, "26"])
+def test_the_threads_of_openblas_do_not_wait_awake_unless_that_is_wanted(stated: str | None) -> None:
+    code = (
+        "import os, sys; sys.argv = ['ckpt-convert', '--version']\n"
+        "from ckpt_convert.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: print(os.environ['OPENBLAS_THREAD_TIMEOUT'], 'numpy' in sys.modules)"
+    )
+    given = {name: value for name, value in os.environ.items() if name != "OPENBLAS_THREAD_TIMEOUT"}
+    given |= {"OPENBLAS_THREAD_TIMEOUT": stated} if stated else {}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=given, capture_output=True, text=True, check=True)
+    assert done.stdout.split()[-2:] == [stated or "4", "False"]
 
 
 def test_dataclasses_of_a_start_are_completed_late() -> None:
