@@ -1,6 +1,7 @@
 """Measures what conversions, or merges, cost (seconds of the processor, bytes, flushes) for docs/benchmarks.md.
 
-As in run.py, every job is a process of its own, and the jobs take turns. Seconds of the processor (user and system) and
+Every job is a process of its own, and takes turns with cp of its source, so that neither needs memory for the page
+cache that the other did not: a virtual machine may be slow to give it. Seconds of the processor (user and system) and
 bytes hold on a busy machine too, where those of the wall do not. A first run of each job, which is not timed, compiles
 the modules, as installing does, and counts the flushes, with strace where that is installed.
 
@@ -91,19 +92,17 @@ def count_flushes(job: run.Job, work: Path) -> int | None:
 
 
 def groups(work: Path, layers: int) -> list[titan.Group]:
-    """The jobs by model, cp first."""
+    """The jobs by model."""
     paths = run.prepare(work, layers, ("hf", "meta", "native"))
     both = titan.groups(titan.prepare(work, layers), work, None)
     ways = [job for job in run.jobs(paths, work, layers) if job.compared and job.name.count("-to-")]
     llama, moe = both
-    jobs = (llama.jobs[0], *ways, *llama.jobs[1:])
-    return [titan.Group(llama.title, llama.source, jobs), moe]
+    return [titan.Group(llama.title, llama.source, (*ways, *llama.jobs)), moe]
 
 
 def merges(work: Path, layers: int) -> list[titan.Group]:
-    """cp of a base, and the merges of adapters into it; the adapters are made where they are missing."""
-    base, out = run.prepare(work, layers, ("hf",))["hf"], work / "out"
-    jobs = [run.Job(run.BASELINE, ("sh", "-c", run.COPY, "sh", str(base), str(out)), base, out)]
+    """The merges of adapters into a base; the adapters are made where they are missing."""
+    base, out, jobs = run.prepare(work, layers, ("hf",))["hf"], work / "out", []
     for name, (title, words) in ADAPTERS.items():
         adapter = base.parent / f"adapter-{name}"
         if not adapter.exists():
@@ -118,62 +117,74 @@ def lower_quartile(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 4]
 
 
-def rows(group: titan.Group, costs: dict[str, list[Cost]], flushes: dict[str, int | None]) -> list[str]:
-    """The lines of one model."""
+@dataclass(frozen=True)
+class Measured:
+    """A job, how often it flushes (None without strace), its runs, and those of cp that were made in turn with them."""
+
+    job: run.Job
+    flushes: int | None
+    mine: list[Cost]
+    copies: list[Cost]
+
+    @property
+    def cells(self) -> str:
+        """Seconds of the processor, those of cp, and both ratios: lower quartiles over the rounds."""
+        mine, copy = (lower_quartile([cost.processor for cost in costs]) for costs in (self.mine, self.copies))
+        wall = lower_quartile([cost.wall / its.wall for cost, its in zip(self.mine, self.copies, strict=True)])
+        return f"{mine:.2f} | {copy:.2f} | {mine / copy:.2f} | {wall:.2f}"
+
+
+def copy_of(source: Path, work: Path) -> run.Job:
+    out = work / "out"
+    return run.Job(run.BASELINE, ("sh", "-c", run.COPY, "sh", str(source), str(out)), source, out)
+
+
+def forget(work: Path) -> None:
+    """Drop what other jobs have left in the page cache, where that is possible, so that memory is at hand for each."""
+    for path in (path for path in work.rglob("*") if path.is_file() and hasattr(os, "posix_fadvise")):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure_in_turns(job: run.Job, work: Path, rounds: int) -> Measured:
+    run.say(job.name)
+    forget(work)
+    copy, flushes = copy_of(job.source, work), count_flushes(job, work)
+    found = Measured(job, flushes, [], [])
+    for number in range(rounds):
+        found.copies.append(measure(copy, work))
+        found.mine.append(measure(job, work))
+        told = (f"{cost.processor:5.2f} CPU s {cost.wall:5.2f} s" for cost in (found.copies[-1], found.mine[-1]))
+        run.say(f"{number + 1} of {rounds}: cp {next(told)}, ours {next(told)}")
+    return found
+
+
+def row(group: titan.Group, found: Measured) -> str:
+    """The line of a conversion."""
     tensors = sum(path.stat().st_size for path in group.source.rglob("*.safetensors"))
-    out = []
-    for job in group.jobs:
-        mine = costs[job.name]
-        read, written = (statistics.median([getattr(cost, name) for cost in mine]) for name in ("read", "written"))
-        count = "–" if flushes[job.name] is None else flushes[job.name]
-        processor, ratio, wall = ratios(mine, costs[run.BASELINE])
-        out.append(
-            f"| {group.title} | {job.name} | {processor:.2f} | {ratio:.2f} | {wall:.2f} "
-            f"| {read / tensors:.3f} | {written / tensors:.3f} | {count} |"
-        )
-    return out
+    read, written = (statistics.median([getattr(cost, name) for cost in found.mine]) for name in ("read", "written"))
+    moved = f"{read / tensors:.3f} | {written / tensors:.3f}"
+    count = "–" if found.flushes is None else found.flushes
+    return f"| {group.title} | {found.job.name} | {found.cells} | {moved} | {count} |"
 
 
-def merge_rows(group: titan.Group, costs: dict[str, list[Cost]]) -> list[str]:
-    """The lines of the merges into one base."""
-    out = []
-    for job in group.jobs:
-        mine = costs[job.name]
-        processor, ratio, wall = ratios(mine, costs[run.BASELINE])
-        system = lower_quartile([cost.system for cost in mine])
-        peak = "–" if job.name == run.BASELINE else f"{max(cost.peak for cost in mine) / 1e6:.0f} MB"
-        out.append(
-            f"| {group.title} | {job.name} | {processor:.2f} | {system:.2f} | {ratio:.2f} | {wall:.2f} | {peak} |"
-        )
-    return out
-
-
-def ratios(mine: list[Cost], base: list[Cost]) -> tuple[float, float, float]:
-    """Seconds of the processor, and in copies: of the processor, of the wall. Lower quartiles over the rounds."""
-    processor, cost_of_cp = (lower_quartile([cost.processor for cost in costs]) for costs in (mine, base))
-    wall = lower_quartile([cost.wall / its.wall for cost, its in zip(mine, base, strict=True)])
-    return processor, processor / cost_of_cp, wall
+def merge_row(group: titan.Group, found: Measured) -> str:
+    """The line of a merge."""
+    system = lower_quartile([cost.system for cost in found.mine])
+    peak = max(cost.peak for cost in found.mine) / 1e6
+    return f"| {group.title} | {found.job.name} | {found.cells} | {system:.2f} | {peak:.0f} MB |"
 
 
 def main() -> None:
     arguments = run.options(__doc__, merge="measure merges of adapters instead of conversions")
-    if arguments.merge:
-        out = ["| base | job | CPU seconds | of them system | × cp | wall × cp | peak memory |"]
-    else:
-        out = ["| model | job | CPU seconds | × cp | wall × cp | read | written | flushes |"]
+    columns = "| model | job | CPU seconds | cp's | × cp | wall × cp |"
+    out = [columns + (" of them system | peak memory |" if arguments.merge else " read | written | flushes |")]
     out.append("| --- | --- " + "| ---: " * (out[0].count("|") - 3) + "|")
     for group in (merges if arguments.merge else groups)(arguments.work, arguments.layers):
-        run.say(group.title)
-        flushes = {job.name: count_flushes(job, arguments.work) for job in group.jobs}
-        costs: dict[str, list[Cost]] = {job.name: [] for job in group.jobs}
-        for number in range(arguments.repeat):
-            for job in group.jobs:
-                cost = measure(job, arguments.work)
-                costs[job.name].append(cost)
-                run.say(
-                    f"{number + 1} of {arguments.repeat}: {cost.processor:5.2f} CPU s {cost.wall:5.2f} s  {job.name}"
-                )
-        out += merge_rows(group, costs) if arguments.merge else rows(group, costs, flushes)
+        for job in group.jobs:
+            if job.name != run.BASELINE:
+                found = measure_in_turns(job, arguments.work, arguments.repeat)
+                out.append((merge_row if arguments.merge else row)(group, found))
     run.remove(arguments.work / "out")
     lines = run.facts(arguments.work, group.source, arguments.layers, arguments.repeat).splitlines()
     facts = [line for line in lines if not line.startswith(("- Model", "- Command"))]

@@ -84,16 +84,18 @@ def measure(job: Job, sources: dict[bool, Path], work: Path) -> Found:
     source = sources[job.full]
     if not command:
         command = ("sh", "-c", run.COPY, "sh", str(source), str(out / "saved"))
-    started = time.perf_counter()
+    started, before = time.perf_counter(), os.times()
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
-    seconds = time.perf_counter() - started
+    seconds, after = time.perf_counter() - started, os.times()
     if done.returncode:
         run.say(done.stderr)
         sys.exit(f"ended with code {done.returncode}: {shlex.join(command)}")
     run.remove(out)
     if job.words:
         return dict(json.loads(done.stdout))
-    return {"seconds": seconds, "bytes": sum(path.stat().st_size for path in source.rglob("*") if path.is_file())}
+    written = sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
+    processor = after.children_user + after.children_system - before.children_user - before.children_system
+    return {"seconds": seconds, "processor": processor, "bytes": written}
 
 
 def measure_all(sources: dict[bool, Path], work: Path, repeat: int) -> dict[Job, list[Found]]:
@@ -117,12 +119,15 @@ def measure_all(sources: dict[bool, Path], work: Path, repeat: int) -> dict[Job,
 def table(results: dict[Job, list[Found]]) -> str:
     """The results as Markdown."""
     rows = [
-        "| job | written | median seconds | × cp, over rounds | median stall, s | × clone, over rounds | memory |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| job | written | CPU seconds | × cp | median seconds | × cp, over rounds "
+        "| median stall, s | × clone, over rounds | memory |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for job, found in results.items():
         base = next(its for other, its in results.items() if not other.words and other.full == job.full)
         seconds, stall, memory = f"{_median(found, 'seconds'):.2f}", "–", "–"
+        processor = _median(found, "processor")
+        costs = f"{processor:.2f} | {processor / _median(base, 'processor'):.2f}"
         copied = cloned = "–"
         if job.asynchronous:
             stall = f"{_median(found, 'stall'):.2f}"
@@ -133,7 +138,7 @@ def table(results: dict[Job, list[Found]]) -> str:
         if job.words:
             memory = f"{max(one['memory'] for one in found) / 1e6:.0f} MB"
         written = f"{_median(found, 'bytes') / 1e9:.2f} GB"
-        rows.append(f"| {job.name} | {written} | {seconds} | {copied} | {stall} | {cloned} | {memory} |")
+        rows.append(f"| {job.name} | {written} | {costs} | {seconds} | {copied} | {stall} | {cloned} | {memory} |")
     return "\n".join(rows)
 
 

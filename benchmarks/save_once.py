@@ -145,12 +145,13 @@ def measure(save: Save, out: Path, tensors: list[torch.Tensor]) -> dict[str, flo
         path = out.with_name(f"saved-{number}")
         os.sync()
         _forget_peak()
-        started = time.perf_counter()
+        started, before_it = time.perf_counter(), time.process_time()
         pending = save(path)
         stalls.append(time.perf_counter() - started)
         if isinstance(pending, Future):
             pending.result()
         seconds.append(time.perf_counter() - started)
+        processor = time.process_time() - before_it
         del pending
         peak = max(peak, _memory("VmHWM"))
         clone.append(_clone(tensors))
@@ -159,6 +160,7 @@ def measure(save: Save, out: Path, tensors: list[torch.Tensor]) -> dict[str, flo
         "first": stalls[0],
         "stall": stalls[1],
         "seconds": seconds[1],
+        "processor": processor,
         "clone": min(clone),  # the first touch of memory can be slow, which is not to count for us
         "memory": peak - before,
         "bytes": written,
