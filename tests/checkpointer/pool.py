@@ -36,7 +36,7 @@ SILENCE = 3.0
 
 
 class Pool:
-    """So many processes, started with the first job; one that died is started again with the next."""
+    """So many processes, started with the first job; after one died, all are started again, as torchrun does it."""
 
     def __init__(self) -> None:
         self._jobs = 0
@@ -63,14 +63,14 @@ class Pool:
         context = multiprocessing.get_context("forkserver")
         modules = ["torch.distributed.fsdp", "torch._dynamo", "pytest", "tests.checkpointer.training"]
         context.set_forkserver_preload(modules)
-        for rank in range(world):
-            if rank < len(self._workers) and self._workers[rank][0].is_alive():
-                continue
+        if not all(process.is_alive() for process, _ in self._workers):
+            self._kill()  # a thread of one that outlived another may still wait for it in gloo
+        for _ in range(len(self._workers), world):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
-            self._workers[rank : rank + 1] = [(process, ours)]
+            self._workers.append((process, ours))
 
     def _answer(self, rank: int, limit: float) -> tuple[str, Any]:
         """What a rank raised, and what it returned."""
@@ -85,12 +85,19 @@ class Pool:
             return "", None
         return found
 
+    def _kill(self) -> None:
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
     def close(self) -> None:
         """End the processes."""
         for process, pipe in self._workers:
             pipe.close()
             process.join(10)
-            process.kill()
+        self._kill()
 
 
 @contextmanager
