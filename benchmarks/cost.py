@@ -147,15 +147,14 @@ def forget(work: Path) -> None:
 
 
 def measure_in_turns(job: run.Job, work: Path, rounds: int) -> Measured:
-    run.say(job.name)
     forget(work)
     copy, flushes = copy_of(job.source, work), count_flushes(job, work)
     found = Measured(job, flushes, [], [])
     for number in range(rounds):
         found.copies.append(measure(copy, work))
         found.mine.append(measure(job, work))
-        told = (f"{cost.processor:5.2f} CPU s {cost.wall:5.2f} s" for cost in (found.copies[-1], found.mine[-1]))
-        run.say(f"{number + 1} of {rounds}: cp {next(told)}, ours {next(told)}")
+        for name, cost in (("cp", found.copies[-1]), (job.name, found.mine[-1])):
+            run.say(f"{number + 1} of {rounds}: {cost.processor:5.2f} CPU s {cost.wall:5.2f} s  {name}")
     return found
 
 

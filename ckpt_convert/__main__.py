@@ -12,10 +12,9 @@ The process is the command's own, so this is no switch in anybody else's. Where 
 value stays, the collector took a quarter of all the time (DeepSeek-V3, as published: 8.0 s of a core instead of 6.3).
 """
 
-
 _SPIN = "4"
 """How long OpenBLAS's threads wait awake for work, as the logarithm of ticks: it starts one for each further core when
-numpy is imported, and each would take 0.06 s of its core (2 ** 26 ticks, its own choice) for nothing."""
+numpy is imported, and each would take up to 0.1 s of its core (2 ** 28 ticks, its own choice) for nothing."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Writing runs of bytes of a file through one buffer, which the system may take to the disk as it is."""
+"""Writing runs of bytes of a file through buffers that the system may take to the disk as they are."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ckpt_convert.storage.workspace import StagedFile
 BUFFER = 2 << 20
 """Bytes of a buffer, and of a write: a huge page.
 
-Of pages of 4 KiB a disk takes about 254 in a request (virtio, NVMe), of this one all. Measured on ext4, past the page
-cache, with two threads: 1.8 GB/s of small pages, 2.4 of huge ones."""
+Of pages of 4 KiB a virtio disk takes 254 in a request, of this one all. Measured on ext4, past the page cache, with two
+threads: 1.8 GB/s of small pages, 2.4 of huge ones."""
 
 _BUFFERS = 6
 """Buffers that a writer has, one after the other.
@@ -30,7 +30,7 @@ class RunWriter:
     """Writes one run of a file after another, each from front to back; not to be shared between threads.
 
     Past the page cache go only whole pages of a file that are whole pages of memory, so there the bytes are put
-    together in the buffer, whose first one begins a page. What a run has of the pages in which it begins and ends is
+    together in a buffer, whose first one begins a page. What a run has of the pages in which it begins and ends is
     written apart.
     """
 

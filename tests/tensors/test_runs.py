@@ -12,6 +12,7 @@ import pytest
 
 from ckpt_convert.storage.folder import Folder
 from ckpt_convert.storage.system import LARGE, PAGE
+from ckpt_convert.tensors import runs
 from ckpt_convert.tensors.runs import BUFFER, RunWriter
 
 SIZE = 5 * BUFFER + 12345
@@ -103,6 +104,31 @@ def test_large_writes_take_turns_with_huge_pages_and_small_ones_do_not(
     assert len(set(large[:6])) == 6
     assert large[6:] == large[:2]
     assert len(small) == 1
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages to ask for"
+)
+def test_the_buffers_ask_for_huge_pages() -> None:
+    for buffer in runs._huge_pages(2):
+        buffer[0] = 1
+        permissions, flags = _mapping(buffer.ctypes.data)
+        assert permissions == "rw-p"  # shared memory has no huge pages
+        assert "hg" in flags
+        assert buffer.ctypes.data % BUFFER == 0
+
+
+def _mapping(address: int) -> tuple[str, list[str]]:
+    """The permissions of the mapping that an address is in, and its flags, as proc_pid_smaps(5) has them."""
+    permissions, is_inside = "", False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if not words[0].endswith(":"):
+            first, last = (int(word, 16) for word in words[0].split("-"))
+            permissions, is_inside = words[1], first <= address < last
+        elif words[0] == "VmFlags:" and is_inside:
+            return permissions, words[1:]
+    raise AssertionError(f"no mapping has {address:#x}")
 
 
 def test_a_system_that_refuses_such_writes_gets_ordinary_ones(
